@@ -1,0 +1,304 @@
+"""The network: a Diffusion Transformer (DiT) with adaLN-Zero blocks.   [read this second]
+
+Peebles & Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748. Given a noisy
+image, its timestep and its class, the network predicts (say) the noise. `python dit.py` prints
+this table for a small MNIST model and checks every line of it:
+
+    xt                       (B, 1, 28, 28)      t (B,), y (B,)
+      patchify               (B, 49, 16)           -> embeddings -> sum:  c (B, D)
+      x_embedder + pos_embed (B, 49, D)                                   |
+      blocks[0] ... [depth-1](B, 49, D)           <-- shift, scale, gate -+
+      final_layer            (B, 49, 16)          <-- shift, scale -------+
+      unpatchify             (B, 1, 28, 28)
+
+Legend: B batch, C channels, H image side, P patch side, N = (H/P)^2 tokens, D width.
+Parameter names are those of the published code, so its weights load unchanged.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------- images <-> tokens
+
+
+def patchify(x: Tensor, p: int) -> Tensor:
+    """Cut images (B, C, H, H) into non-overlapping p x p patches: tokens (B, N, p*p*C).
+
+    Patches are in reading order; inside a token the order is (row, column, channel). With p = 2
+    a 4x4 image of one channel, numbered in reading order, becomes 4 tokens:
+    [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]. DiT section 3.2, "Patchify".
+    """
+    B, C, H, W = x.shape
+    x = x.reshape(B, C, H // p, p, W // p, p)
+    x = x.permute(0, 2, 4, 3, 5, 1)                    # (B, H/p, W/p, p, p, C)
+    return x.reshape(B, (H // p) * (W // p), p * p * C)
+
+
+def unpatchify(tokens: Tensor, p: int, C: int) -> Tensor:
+    """The inverse of `patchify` for square images: tokens (B, N, p*p*C) -> (B, C, H, H)."""
+    B, N, _ = tokens.shape
+    side = math.isqrt(N)                               # H / p
+    x = tokens.reshape(B, side, side, p, p, C)
+    x = x.permute(0, 5, 1, 3, 2, 4)                    # (B, C, H/p, p, W/p, p)
+    return x.reshape(B, C, side * p, side * p)
+
+
+class PatchEmbed(nn.Module):
+    """A linear map of each token (B, N, p*p*C) to the width D: (B, N, D).
+
+    The published code does the same with a strided convolution, so the weight keeps that shape,
+    (D, C, p, p); it is permuted to the token's order (row, column, channel) where it is used.
+    """
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)    # (D, p*p*C)
+        return F.linear(tokens, weight, self.proj.bias)
+
+
+# ---------------------------------------------------------------- embeddings of place, time, class
+
+
+def sincos_1d(pos: Tensor, dim: int) -> Tensor:
+    """Sines, then cosines, of positions (M,) at dim/2 frequencies 10000^(-2i/dim): (M, dim).
+
+    Vaswani et al., arXiv 1706.03762, section 3.5. Computed in float64.
+    """
+    omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    angle = torch.outer(pos.double(), omega)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def sincos_2d(hidden_size: int, side: int) -> Tensor:
+    """Fixed positions of a side x side grid in reading order: (1, side*side, D), float32.
+
+    The first half of the D numbers encodes the column (W), the second half the row (H): the
+    order of the published weights.
+    """
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    halves = [sincos_1d(place.flatten(), hidden_size // 2) for place in (column, row)]
+    return torch.cat(halves, dim=1).float().unsqueeze(0)
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps (B,) -> 256 sinusoids -> a two-layer MLP: (B, D). DiT section 3.2."""
+
+    def __init__(self, hidden_size: int, num_frequencies: int = 256):
+        super().__init__()
+        half = num_frequencies // 2
+        self.mlp = nn.Sequential(
+            nn.Linear(num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        freqs = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
+        self.register_buffer("freqs", freqs, persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = t[:, None].float() * self.freqs        # (B, 128)
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels (B,) in 0..num_classes -> (B, D). Row `num_classes` stands for "no class"."""
+
+    def __init__(self, num_classes: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+# ---------------------------------------------------------------- the block
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, every token to every token: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, D = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)           # each (B, heads, N, D/heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class Mlp(nn.Module):
+    """Two layers, applied to each token alone, with the tanh form of GELU between them."""
+
+    def __init__(self, hidden_size: int, inner_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, inner_size)
+        self.fc2 = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """The "ada" of adaLN: tokens (B, N, D) scaled and shifted by numbers made from c, (B, D)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class DiTBlock(nn.Module):
+    """A transformer block whose LayerNorms take shift and scale from c, and whose two residual
+    branches pass a gate made from c. The layer that makes them starts at zero: the gates are 0,
+    so a fresh block is the identity. DiT section 3.2, "adaLN-Zero block", and figure 3.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        six = self.adaLN_modulation(c).chunk(6, dim=1)              # each (B, D)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = six
+        attn = self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
+        x = x + gate_attn.unsqueeze(1) * attn
+        mlp = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        return x + gate_mlp.unsqueeze(1) * mlp
+
+
+class FinalLayer(nn.Module):
+    """Tokens (B, N, D) -> (B, N, p*p*C_out), with its own shift and scale from c."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+# ---------------------------------------------------------------- the model
+
+
+class DiT(nn.Module):
+    """model(x, t, y): what the network sees in x (B, C, H, H) at timesteps t (B,) for labels y (B,).
+
+    x is float32; t holds integers (or fractions) in 0..999; y integers in 0..num_classes, where
+    `null_class` = num_classes means "no class" (classifier-free guidance). Returns float32
+    (B, C, H, H); with `learn_sigma`, (B, 2C, H, H), the second half being the variance channels
+    of Nichol & Dhariwal (arXiv 2102.09672). Any C, any H that patch_size divides.
+    Raises ValueError where the sizes do not fit one another.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 28,
+        patch_size: int = 4,
+        in_channels: int = 1,
+        hidden_size: int = 128,
+        depth: int = 4,
+        num_heads: int = 4,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 10,
+        learn_sigma: bool = False,
+    ):
+        super().__init__()
+        if input_size % patch_size:
+            fits = ", ".join(str(p) for p in range(1, input_size + 1) if input_size % p == 0)
+            raise ValueError(f"patch size {patch_size} does not divide image size {input_size} "
+                             f"(patches that do: {fits})")
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f"width {hidden_size} must be a multiple of 4 and of the number of "
+                             f"heads, {num_heads}")
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.num_classes = self.null_class = num_classes
+
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.register_buffer("pos_embed", sincos_2d(hidden_size, input_size // patch_size))
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """All of the initialisation; what must be zero is zeroed last. DiT appendix A."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))     # a linear map
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for layer in [b.adaLN_modulation[-1] for b in self.blocks] + [
+            self.final_layer.adaLN_modulation[-1], self.final_layer.linear
+        ]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        assert x.shape[1:] == (self.in_channels, self.input_size, self.input_size), x.shape
+        x = patchify(x, self.patch_size)                            # (B, N, p*p*C)
+        x = self.x_embedder(x) + self.pos_embed                     # (B, N, D)
+        c = self.t_embedder(t) + self.y_embedder(y)                 # (B, D)
+        for block in self.blocks:
+            x = block(x, c)                                         # (B, N, D)
+        with torch.autocast(x.device.type, enabled=False):          # the output stays float32
+            x = self.final_layer(x.float(), c.float())              # (B, N, p*p*C_out)
+        return unpatchify(x, self.patch_size, self.out_channels)    # (B, C_out, H, H)
+
+
+# ---------------------------------------------------------------- named sizes
+
+_SIZES = {                              # hidden_size, depth, num_heads
+    "XL": (1152, 28, 16),               # XL to S: DiT table 1
+    "L": (1024, 24, 16),
+    "B": (768, 12, 12),
+    "S": (384, 12, 6),
+    "Mini": (256, 6, 4),                # Mini and Nano: this project's, for digits
+    "Nano": (128, 4, 4),
+}
+_PATCHES = {"Mini": (2, 4, 7), "Nano": (2, 4, 7)}       # the paper's sizes: 2, 4, 8
+
+MODELS = {
+    f"DiT-{size}/{p}": dict(patch_size=p, hidden_size=width, depth=depth, num_heads=heads)
+    for size, (width, depth, heads) in _SIZES.items()
+    for p in _PATCHES.get(size, (2, 4, 8))
+}
+"""Name -> keyword arguments of `DiT`, to be completed by input_size, in_channels, num_classes."""
+
+
+if __name__ == "__main__":
+    model = DiT(**MODELS["DiT-Nano/4"], input_size=28, in_channels=1, num_classes=10)
+    xt, t, y = torch.randn(2, 1, 28, 28), torch.tensor([0, 999]), torch.tensor([3, model.null_class])
+    tokens = patchify(xt, 4)
+    x = model.x_embedder(tokens) + model.pos_embed
+    c = model.t_embedder(t) + model.y_embedder(y)
+    out = model(xt, t, y)
+    for name, value, shape in [
+        ("xt", xt, (2, 1, 28, 28)), ("patchify", tokens, (2, 49, 16)), ("embedded", x, (2, 49, 128)),
+        ("c", c, (2, 128)), ("block", model.blocks[0](x, c), (2, 49, 128)),
+        ("final_layer", model.final_layer(x, c), (2, 49, 16)), ("output", out, (2, 1, 28, 28)),
+    ]:
+        assert value.shape == shape, (name, value.shape)
+        print(f"{name:12} {tuple(value.shape)}")
+    assert torch.equal(unpatchify(tokens, 4, 1), xt), "unpatchify must invert patchify"
+    assert torch.equal(model.blocks[0](x, c), x), "a fresh block is the identity"
+    assert not out.any(), "a fresh model outputs zeros"
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
