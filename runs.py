@@ -76,8 +76,11 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind: type, low: float, high: float = float("inf"), open_high: bool = False):
     """A type for argparse: an int or float from low to high (high itself excluded: open_high)."""
-    def parse(text: str):
-        value = kind(text)
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
         if not low <= value <= high or (open_high and value == high) or abs(value) == float("inf"):
             raise argparse.ArgumentTypeError(f"{text} is not {words}")
         return value
@@ -238,6 +241,18 @@ class Ranks:
         if self.world > 1:
             dist.broadcast_object_list(box, device=torch.device("cpu"))
         return box[0]
+
+    def gather_parts(self, parts: list[Tensor]) -> Tensor | None:
+        """Parts that the ranks took in turn (rank r: parts r, r + world, ...), in order, in one
+        tensor on rank 0."""
+        everyone = [parts]
+        if self.world > 1:
+            everyone = [None] * self.world if self.rank == 0 else None
+            dist.gather_object(parts, everyone)
+        if self.rank > 0:
+            return None
+        most = max(map(len, everyone))
+        return torch.cat([theirs[i] for i in range(most) for theirs in everyone if i < len(theirs)])
 
     def say(self, *lines: str) -> None:
         if self.rank == 0:

@@ -1,0 +1,324 @@
+"""Sample images from a checkpoint.   [read this last]
+
+    python sample.py                                    the newest checkpoint under output/
+    python sample.py CKPT --labels 3 1 four seven       one image each
+    python sample.py --cfg-scale 0 1 2 4                a grid for each strength of guidance
+    python sample.py --gif digits.gif --trajectory strip.png
+
+The checkpoint describes itself: its model, its classes, and the sampler that suits it.
+"""
+
+import argparse
+import io
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoints
+from data import grid, save_picture, to_uint8
+from runs import (
+    Parser, Ranks, UserError, atomic_write, checkpoints_in, cli, generator, newest_checkpoint,
+    number, printable,
+)
+
+OUTPUT = Path("output")
+SHIPPED = Path(__file__).parent / "assets" / "mnist.pt"
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+BLOCK = 16                      # images whose noise is drawn in one call
+
+
+# ---------------------------------------------------------------- noise that belongs to the image
+
+
+class ImageNoise:
+    """Standard normal noise for the images first..last-1 of a job: noise(t) -> (B, C, H, H).
+
+    Image k's noise depends on (seed, t, k) alone: it is row k % 16 of block k // 16, and a block
+    is drawn in one call, on the CPU, so that it is the same on every device. noise("T") is xT.
+    """
+
+    def __init__(self, seed: int, first: int, last: int, shape: tuple[int, ...], device="cpu"):
+        self.seed, self.first, self.last, self.shape, self.device = seed, first, last, shape, device
+
+    def __call__(self, t: int | str) -> Tensor:
+        blocks = range(self.first // BLOCK, (self.last - 1) // BLOCK + 1)
+        noise = torch.cat([
+            torch.randn(BLOCK, *self.shape, generator=generator("cpu", self.seed, "image", t, b))
+            for b in blocks])
+        skip = self.first - blocks[0] * BLOCK
+        return noise[skip : skip + self.last - self.first].to(self.device)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def sampler_of(diffusion, sampler: str, steps: int, eta: float):
+    """(the generator function of diffusion.py, its extra arguments) for a sampler's name."""
+    if sampler == "ddim":
+        return diffusion.ddim_sample, dict(steps=steps, eta=eta)
+    return diffusion.ddpm_sample, {}
+
+
+def sample(model, diffusion, y: Tensor, seed: int, cfg_scale: float, sampler: str = "ddim",
+           steps: int = 50, eta: float = 0.0, batch_size: int = 256, first: int = 0,
+           watch=None, bar=None) -> Iterator[Tensor]:
+    """Images of the classes y (N,), uint8 (B, C, H, H) on the CPU, a batch at a time.
+
+    Image i has the noise of image first + i of `seed`, whatever the batch size. `watch(t, xt,
+    x0_hat)` is called after each step, `bar` (a tqdm) counts images x steps.
+    """
+    shape, device = (model.in_channels, model.input_size, model.input_size), model.pos_embed.device
+    make, options = sampler_of(diffusion, sampler, steps, eta)
+    for start in range(0, len(y), batch_size):
+        labels = y[start : start + batch_size].to(device)
+        noise = ImageNoise(seed, first + start, first + start + len(labels), shape, device)
+        for t, xt, x0_hat in make(model, noise("T"), labels, cfg_scale, noise=noise, **options):
+            if watch is not None:
+                watch(t, xt, x0_hat)
+            if bar is not None:
+                bar.update(len(labels))
+        yield to_uint8(xt).cpu()
+
+
+# ---------------------------------------------------------------- what the flags mean
+
+
+def parse_label(text: str, class_names: list[str]) -> int:
+    """A class by its exact name, else by a number word, else by its index."""
+    if text in class_names:
+        return class_names.index(text)
+    if text.lower() in DIGITS and str(DIGITS.index(text.lower())) in class_names:
+        return class_names.index(str(DIGITS.index(text.lower())))
+    if text.isascii() and text.isdigit() and int(text) < len(class_names):
+        return int(text)
+    known = ", ".join(printable(n) for n in class_names[:10]) + ", ..." * (len(class_names) > 10)
+    raise UserError(f"label {printable(text)!r} is not a class of this model: {known} "
+                    f"(or an index from 0 to {len(class_names) - 1})")
+
+
+def next_free(parent: Path, stem: str, suffix: str) -> Path:
+    """parent/stem-NNN.suffix with the first number above those there."""
+    taken = [p.stem[len(stem) + 1:] for p in parent.glob(f"{stem}-*{suffix}")]
+    return parent / f"{stem}-{max([int(n) for n in taken if n.isdigit()], default=0) + 1:03d}{suffix}"
+
+
+def check_target(path: Path, force: bool, suffixes: tuple[str, ...]) -> None:
+    """Before any work: may this file be written, and would it overwrite one?"""
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"{path} must end in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file in it")
+    if path.exists() and not force:
+        raise UserError(f"{path} exists: --force overwrites it")
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{path} cannot be written: no writing in {parent}")
+
+
+def find_checkpoint(name: str | None) -> Path:
+    """The file that was named; else the newest under output/; else the one that ships."""
+    if name is not None:
+        path = Path(name)
+        return newest_in(path) if path.is_dir() else path
+    path = newest_checkpoint(OUTPUT)
+    if path is None:
+        if not SHIPPED.is_file():
+            raise UserError(f"no checkpoint under {OUTPUT}/: train one with python train_mnist.py, "
+                            f"or name a file")
+        path = SHIPPED
+        print(f"no run of your own under {OUTPUT}/: sampling from the checkpoint that ships, "
+              f"{SHIPPED.parent.name}/{SHIPPED.name}")
+    return path
+
+
+def newest_in(folder: Path) -> Path:
+    found = checkpoints_in(folder)
+    if not found:
+        raise UserError(f"{folder} holds no checkpoint (step_*.pt)")
+    return found[-1]
+
+
+# ---------------------------------------------------------------- the pictures
+
+
+def trajectory_strip(frames: list[tuple[int, Tensor, Tensor]], columns: int = 10) -> Image.Image:
+    """xt over x0_hat of one image, at `columns` moments from the first step to the last."""
+    chosen = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, min(columns, len(frames)))]
+    rows = [xt for _t, xt, _ in chosen] + [x0_hat for _t, _, x0_hat in chosen]
+    times = " ".join(str(t) for t, _, _ in chosen)
+    return grid(torch.stack(rows), len(chosen), f"xt (top) and x0_hat (bottom), t = {times}")
+
+
+def animation(frames: list[Image.Image]) -> bytes:
+    """A GIF of the frames, the last one held for two seconds."""
+    out = io.BytesIO()
+    frames[0].save(out, format="GIF", save_all=True, append_images=frames[1:], loop=0,
+                   duration=[60] * (len(frames) - 1) + [2000])
+    return out.getvalue()
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main(argv: list[str] | None = None) -> int:
+    a = parser().parse_args(argv)
+    if len(a.cfg_scale or ()) > 1 and (a.gif or a.trajectory or a.npz):
+        raise UserError("--gif, --trajectory and --npz take one --cfg-scale")
+    targets = [(a.out, (".png",)), (a.gif, (".gif",)), (a.trajectory, (".png",)), (a.npz, (".npz",))]
+    for target, suffixes in targets:
+        if target is not None:
+            check_target(target, a.force, suffixes)
+    ranks = Ranks.join(a.device)
+    if ranks.world > 1 and (a.npz is None or a.gif or a.trajectory):
+        raise UserError("several processes share the work of --npz alone: run the rest in one")
+
+    # The model, and what its checkpoint says of sampling; flags win
+    path = find_checkpoint(a.checkpoint)
+    state = checkpoints.load(path)
+    model, diffusion = checkpoints.build(state, a.weights, ranks.device)
+    how = dict(state["config"]["sampling"])
+    if a.sampler is not None:
+        how["sampler"] = a.sampler
+    if how["sampler"] == "ddpm":
+        if a.steps not in (None, diffusion.num_timesteps):
+            raise UserError(f"ddpm takes all {diffusion.num_timesteps} steps: for {a.steps} use "
+                            f"--sampler ddim --eta 1 --steps {a.steps}")
+        if a.eta is not None:
+            raise UserError("--eta belongs to --sampler ddim")
+        how["steps"] = diffusion.num_timesteps
+    else:
+        how["steps"] = how["steps"] if a.steps is None else a.steps
+        how["eta"] = how["eta"] if a.eta is None else a.eta
+        if how["steps"] > diffusion.num_timesteps:
+            raise UserError(f"--steps {how['steps']}: the process has {diffusion.num_timesteps}")
+    scales = a.cfg_scale or [how["cfg_scale"]]
+
+    # Which images: a row per label
+    names = state["class_names"]
+    labels = [parse_label(text, names) for text in a.labels or []] or list(range(min(10, len(names))))
+    per_class = a.per_class or (1 if a.labels else 10)
+    y = torch.tensor(labels).repeat_interleave(per_class)
+    columns = per_class if per_class > 1 else math.ceil(math.sqrt(len(labels)))
+    ranks.say(f"{printable(path)}: step {state['step']:,}, {how['sampler']}, {how['steps']} steps, "
+              f"guidance {' '.join(f'{s:g}' for s in scales)}, {len(y)} images, seed {a.seed}")
+
+    # Sample, a grid for each strength of guidance
+    sheets, frames, movie = [], [], []
+    batches = [slice(i, i + a.batch_size) for i in range(0, len(y), a.batch_size)]
+    mine = batches[ranks.rank :: ranks.world]
+    steps_in_gif = set(np.linspace(0, how["steps"] - 1, min(48, how["steps"])).round().astype(int))
+    total = sum(len(y[b]) for b in mine) * how["steps"] * len(scales)
+    options = {k: how[k] for k in ("sampler", "steps", "eta")}
+    with tqdm(total=total, desc="sampling", unit="image-step", unit_scale=True, dynamic_ncols=True,
+              disable=ranks.rank > 0) as bar:
+        for scale in scales:
+            parts = []
+            for batch in mine:
+                seen = []
+
+                def watch(t: int, xt: Tensor, x0_hat: Tensor, seen=seen, first=not parts) -> None:
+                    if a.trajectory and first:
+                        frames.append((t, to_uint8(xt[0]).cpu(), to_uint8(x0_hat[0]).cpu()))
+                    if a.gif and len(seen) in steps_in_gif:
+                        movie.append((batch.start, to_uint8(xt).cpu()))
+                    seen.append(t)
+
+                parts += sample(model, diffusion, y[batch], a.seed, scale, **options,
+                                batch_size=a.batch_size, first=batch.start, watch=watch, bar=bar)
+            images = ranks.gather_parts(parts)
+            if ranks.rank == 0:
+                sheets.append(grid(images, columns, f"guidance {scale:g}" if len(scales) > 1 else "")
+                              if a.npz is None or a.out else None)
+    ranks.leave()
+    if ranks.rank > 0:
+        return 0
+
+    # Write
+    out = a.out
+    if out is None and a.npz is None:
+        out = next_free(OUTPUT, "samples", ".png")
+    written = {}
+    if out:
+        written[out] = lambda p: save_picture(p, side_by_side(sheets))
+    if a.gif:
+        starts = sorted({start for start, _ in movie})
+        moments = zip(*([x for at, x in movie if at == start] for start in starts), strict=True)
+        stills = [grid(torch.cat(parts), columns) for parts in moments]
+        written[a.gif] = lambda p: atomic_write(p, lambda f: f.write(animation(stills)))
+    if a.trajectory:
+        written[a.trajectory] = lambda p: save_picture(p, trajectory_strip(frames))
+    if a.npz:
+        arrays = images.permute(0, 2, 3, 1).numpy(), y.numpy()
+        written[a.npz] = lambda p: atomic_write(p, lambda f: np.savez(f, *arrays))
+    for target, write in written.items():
+        try:
+            write(target)
+        except OSError as error:
+            raise UserError(f"{target} cannot be written: {error.strerror or error}") from None
+        print(f"written: {target}")
+    return 0
+
+
+def side_by_side(sheets: list[Image.Image]) -> Image.Image:
+    """The pictures in one row."""
+    row = Image.new("RGB", (sum(s.width for s in sheets), max(s.height for s in sheets)))
+    left = 0
+    for s in sheets:
+        row.paste(s, (left, 0))
+        left += s.width
+    return row
+
+
+def parser() -> Parser:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+               allow_abbrev=False)
+    count = number(int, 1)
+    p.add_argument("checkpoint", nargs="?", metavar="CKPT", help="a checkpoint, or a run's folder "
+                   "(default: the newest under output/, else the one that ships)")
+    g = p.add_argument_group("what")
+    g.add_argument("--labels", nargs="+", metavar="LABEL", help="class names, number words or "
+                   "indices, a row each (default: the first ten classes)")
+    g.add_argument("--per-class", type=count, metavar="N", help="images per label (default: 10, or "
+                   "1 with --labels; with 1 the grid is near-square)")
+    g.add_argument("--seed", type=number(int, 0), default=0, help="of the noise (default: 0)")
+    g = p.add_argument_group("how (default: what the checkpoint suggests)")
+    g.add_argument("--cfg-scale", type=number(float, -100, 100), nargs="+", metavar="S",
+                   help="guidance: 1 is the plain conditional model, 0 the unconditional one; "
+                   "several make a grid each")
+    g.add_argument("--sampler", choices=checkpoints.SAMPLERS, help="ddpm (all timesteps) or ddim")
+    g.add_argument("--steps", type=count, help="sampling steps, ddim")
+    g.add_argument("--eta", type=number(float, 0, 1), help="noise that ddim adds: 0 none, 1 as ddpm")
+    g.add_argument("--weights", choices=("ema", "model"), default="ema",
+                   help="the averaged weights or the last ones (default: ema)")
+    g.add_argument("--batch-size", type=count, default=250, help="images at a time (default: 250)")
+    g.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
+    g = p.add_argument_group("where to")
+    g.add_argument("--out", type=Path, metavar="FILE.png", help="the grid (default: a new numbered "
+                   "one under output/; none with --npz)")
+    g.add_argument("--gif", type=Path, metavar="FILE.gif", help="the grid coming into being")
+    g.add_argument("--trajectory", type=Path, metavar="FILE.png",
+                   help="the first image: xt over x0_hat at chosen timesteps")
+    g.add_argument("--npz", type=Path, metavar="FILE.npz", help="arr_0 uint8 (N, H, W, C), arr_1 "
+                   "the labels; under torchrun the processes share the work")
+    g.add_argument("--force", action="store_true", help="overwrite existing files")
+    return p
+
+
+if __name__ == "__main__":
+    def entry() -> int:
+        try:
+            return main()
+        except torch.OutOfMemoryError:
+            raise UserError("out of GPU memory: a smaller --batch-size needs less") from None
+
+    cli(entry)
