@@ -193,5 +193,5 @@ def guided_output(model, xt: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> 
     if cfg_scale == 0:
         return model(xt, t, null)
     out = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, null]))
-    out_cond, out_uncond = out.chunk(2)
+    out_cond, out_uncond = out.float().chunk(2)
     return out_uncond + cfg_scale * (out_cond - out_uncond)

@@ -146,9 +146,14 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+def plain_norm(hidden_size: int) -> nn.LayerNorm:
+    """A LayerNorm without weights of its own: `modulate` gives it its shift and scale."""
+    return nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """The "ada" of adaLN: tokens (B, N, D) scaled and shifted by numbers made from c, (B, D)."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return shift[:, None] + (1 + scale[:, None]) * x
 
 
 class DiTBlock(nn.Module):
@@ -159,14 +164,14 @@ class DiTBlock(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0):
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm1 = plain_norm(hidden_size)
         self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm2 = plain_norm(hidden_size)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        six = self.adaLN_modulation(c).chunk(6, dim=1)              # each (B, D)
+        six = self.adaLN_modulation(c).chunk(6, dim=-1)              # each (B, D)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = six
         attn = self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
         x = x + gate_attn.unsqueeze(1) * attn
@@ -179,12 +184,12 @@ class FinalLayer(nn.Module):
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm_final = plain_norm(hidden_size)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -192,7 +197,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """model(x, t, y): what the network sees in x (B, C, H, H) at timesteps t (B,) for labels y (B,).
+    """model(x, t, y): what the network sees in x (B, C, H, H) at timesteps t (B,), labels y (B,).
 
     x is float32; t holds integers (or fractions) in 0..999; y integers in 0..num_classes, where
     `null_class` = num_classes means "no class" (classifier-free guidance). Returns float32
@@ -243,9 +248,8 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))     # a linear map
         nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for layer in (self.y_embedder.embedding_table, *self.t_embedder.mlp[::2]):
+            nn.init.normal_(layer.weight, std=0.02)
         for layer in [b.adaLN_modulation[-1] for b in self.blocks] + [
             self.final_layer.adaLN_modulation[-1], self.final_layer.linear
         ]:
@@ -286,15 +290,20 @@ MODELS = {
 
 if __name__ == "__main__":
     model = DiT(**MODELS["DiT-Nano/4"], input_size=28, in_channels=1, num_classes=10)
-    xt, t, y = torch.randn(2, 1, 28, 28), torch.tensor([0, 999]), torch.tensor([3, model.null_class])
+    xt = torch.randn(2, 1, 28, 28)
+    t, y = torch.tensor([0, 999]), torch.tensor([3, model.null_class])
     tokens = patchify(xt, 4)
     x = model.x_embedder(tokens) + model.pos_embed
     c = model.t_embedder(t) + model.y_embedder(y)
     out = model(xt, t, y)
     for name, value, shape in [
-        ("xt", xt, (2, 1, 28, 28)), ("patchify", tokens, (2, 49, 16)), ("embedded", x, (2, 49, 128)),
-        ("c", c, (2, 128)), ("block", model.blocks[0](x, c), (2, 49, 128)),
-        ("final_layer", model.final_layer(x, c), (2, 49, 16)), ("output", out, (2, 1, 28, 28)),
+        ("xt", xt, (2, 1, 28, 28)),
+        ("patchify", tokens, (2, 49, 16)),
+        ("embedded", x, (2, 49, 128)),
+        ("c", c, (2, 128)),
+        ("block", model.blocks[0](x, c), (2, 49, 128)),
+        ("final_layer", model.final_layer(x, c), (2, 49, 16)),
+        ("output", out, (2, 1, 28, 28)),
     ]:
         assert value.shape == shape, (name, value.shape)
         print(f"{name:12} {tuple(value.shape)}")
