@@ -1,269 +1,24 @@
-"""A run on disk and in a process: seeds, folders, records, signals, ranks.
+"""A run on disk: its folder and lock, the record of its losses, its signals and checkpoints' times.
 
-Whatever would hide the algorithm in the training loop lives here or in checkpoints.py: the loop
-shows one `with run:` and two calls, `run.record(...)` and `run.after(...)`.
-Not needed to understand DiT.
+Whatever would hide the algorithm in the training loop lives here: the loop shows one `with run:`
+and two calls, `run.record(...)` and `run.after(...)`. Not needed to understand DiT.
 """
 
-import argparse
 import contextlib
-import difflib
-import hashlib
 import json
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-# ---------------------------------------------------------------- errors that users see
-
-
-class UserError(Exception):
-    """What went wrong and what would be right, in one line; `cli` prints it and exits."""
-
-    def __init__(self, message: str, status: int = 2):
-        super().__init__(message)
-        self.status = status
-
-
-def printable(text) -> str:
-    """Text from a file, safe to print: control characters escaped, cut at 300 characters."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in
-                   str(text).encode("utf-8", "backslashreplace").decode())
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
-def cli(main: Callable[[], int | None]) -> None:
-    """Run a script's main: a UserError is one line on standard error, never a traceback."""
-    try:
-        status = main() or 0
-    except UserError as error:
-        rank = int(os.environ.get("RANK", 0))
-        if rank > 0:
-            time.sleep(2)       # where all ranks meet the same error, rank 0 alone tells it
-        print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr)
-        status = error.status
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:     # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    sys.stderr.flush()
-    sys.exit(status)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line, and name the flag that was probably meant."""
-
-    def error(self, message: str):
-        known = [o for action in self._actions for o in action.option_strings]
-        for word in re.findall(r"unrecognized arguments: (.*)", message):
-            close = difflib.get_close_matches(word.split()[0].split("=")[0], known, 1)
-            message += f" (did you mean {close[0]}?)" if close else ""
-        raise UserError(f"{message}; --help shows every flag")
-
-
-def number(kind: type, low: float, high: float = float("inf"), open_high: bool = False):
-    """A type for argparse: an int or float from low to high (high itself excluded: open_high)."""
-    def parse(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high or (open_high and value == high) or abs(value) == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not {words}")
-        return value
-    words = f"{'an integer' if kind is int else 'a number'} of at least {low:g}"
-    words += f" and {'below' if open_high else 'at most'} {high:g}" if high != float("inf") else ""
-    parse.__name__ = kind.__name__
-    return parse
-
-
-# ---------------------------------------------------------------- randomness
-
-
-def mix_seed(*key) -> int:
-    """A 32-bit seed from any numbers and words. A hash, because a CPU generator ignores the high
-    32 bits of its seed, and because seed + step is the same for (0, 1) and (1, 0)."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
-
-
-def generator(device: torch.device | str, *key) -> torch.Generator:
-    """A random generator on `device` that is a function of `key` and the device type alone."""
-    return torch.Generator(device).manual_seed(mix_seed(*key))
-
-
-# ---------------------------------------------------------------- devices and number formats
-
-
-def pick_device(name: str | None) -> torch.device:
-    """cuda, else mps, else cpu; or the one that is named. UserError where it is not there."""
-    if name is None:
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {printable(name)} is not available here: use cpu"
-                        + (", cuda" if torch.cuda.is_available() else "")
-                        + (" or mps" if torch.backends.mps.is_available() else "")) from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {printable(name)} cannot train: use cpu, cuda or mps")
-    return device
-
-
-def pick_precision(name: str, device: torch.device) -> str:
-    """The number format of the matrix products: "auto" -> what this device multiplies fastest.
-
-    bf16 where the hardware has it, fp16 on a GPU that has not (a T4), fp32 otherwise.
-    """
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type == "cpu":
-        has = [getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in
-               ("avx512_bf16", "amx_tile")]
-        return "bf16" if any(has) else "fp32"
-    return "fp32"
-
-
-def under_autocast(model: nn.Module, device: torch.device, precision: str) -> Callable:
-    """The model as a function whose forward, and nothing around it, runs in `precision`.
-
-    On CPU, scaled_dot_product_attention's bf16 kernel is several times slower in its backward
-    than the plain matrix products of the MATH backend, which is therefore chosen there.
-    """
-    if precision == "fp32":
-        return model
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    kernels = contextlib.nullcontext
-    if device.type == "cpu":
-        kernels = lambda: sdpa_kernel(SDPBackend.MATH)      # noqa: E731
-
-    def forward(xt: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype), kernels():
-            return model(xt, t, y)
-
-    return forward
-
-
-# ---------------------------------------------------------------- ranks
-
-
-@dataclass
-class Ranks:
-    """The processes that share a run. With one process every method does nothing."""
-
-    device: torch.device
-    rank: int = 0
-    world: int = 1
-
-    @classmethod
-    def join(cls, device_name: str | None) -> "Ranks":
-        """Read torchrun's environment; nccl for tensors on GPUs, gloo for those on CPUs."""
-        world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        device = pick_device(device_name)
-        if world == 1:
-            return cls(device)
-        if device.type == "cuda":
-            local = int(os.environ.get("LOCAL_RANK", 0))
-            if local >= torch.cuda.device_count():
-                raise UserError(f"process {local} of this machine has no GPU: it has "
-                                f"{torch.cuda.device_count()}; use that --nproc_per_node")
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
-        elif device.type == "mps":
-            raise UserError("several processes cannot share mps: use --device cpu")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        return cls(device, rank, world)
-
-    def leave(self) -> None:
-        if self.world > 1:
-            dist.destroy_process_group()
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model, averaging its gradients over the ranks where there are several."""
-        if self.world == 1:
-            return model
-        return DistributedDataParallel(
-            model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
-
-    def shares(self, net: nn.Module, batch_size: int, grad_accum: int) -> Iterator[slice]:
-        """This rank's slice of the global batch, in `grad_accum` parts, for a loop over them.
-
-        Gradients travel between the ranks with the last part alone.
-        """
-        size = batch_size // self.world // grad_accum
-        first = self.rank * size * grad_accum
-        for i in range(grad_accum):
-            later = self.world > 1 and i < grad_accum - 1
-            with net.no_sync() if later else contextlib.nullcontext():
-                yield slice(first + i * size, first + (i + 1) * size)
-
-    def check_batch(self, batch_size: int, grad_accum: int) -> None:
-        parts = self.world * grad_accum
-        if batch_size % parts:
-            low = batch_size // parts * parts
-            near = [b for b in (low, low + parts) if b > 0]
-            raise UserError(f"--batch-size {batch_size} is not divisible by {self.world} processes"
-                            f" x --grad-accum {grad_accum}: {' or '.join(map(str, near))} is")
-
-    def mean(self, x: Tensor) -> Tensor:
-        if self.world > 1:
-            dist.all_reduce(x)
-            x /= self.world
-        return x
-
-    def largest(self, number: int) -> int:
-        """The largest of the ranks' numbers (through gloo: no GPU waits for it)."""
-        if self.world > 1:
-            box = torch.tensor(number)
-            dist.all_reduce(box, op=dist.ReduceOp.MAX)
-            number = int(box)
-        return number
-
-    def from_rank_0(self, make: Callable):
-        """make() on rank 0, its (picklable) result on all."""
-        box = [make() if self.rank == 0 else None]
-        if self.world > 1:
-            dist.broadcast_object_list(box, device=torch.device("cpu"))
-        return box[0]
-
-    def gather_parts(self, parts: list[Tensor]) -> Tensor | None:
-        """Parts that the ranks took in turn (rank r: parts r, r + world, ...), in order, in one
-        tensor on rank 0."""
-        everyone = [parts]
-        if self.world > 1:
-            everyone = [None] * self.world if self.rank == 0 else None
-            dist.gather_object(parts, everyone)
-        if self.rank > 0:
-            return None
-        most = max(map(len, everyone))
-        return torch.cat([theirs[i] for i in range(most) for theirs in everyone if i < len(theirs)])
-
-    def say(self, *lines: str) -> None:
-        if self.rank == 0:
-            for line in lines:
-                tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-
-    def warn(self, line: str) -> None:
-        if self.rank == 0:
-            tqdm.write(f"warning: {line}", file=sys.stderr)
-
+from cli import Parser, UserError, cli, generator, mix_seed, number, printable  # noqa: F401
+from ranks import Ranks, pick_device, pick_precision, under_autocast  # noqa: F401
 
 # ---------------------------------------------------------------- signals
 
@@ -280,7 +35,8 @@ class StopSignals:
         self._since = 0.0
 
     def __enter__(self) -> "StopSignals":
-        self._before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {signum: signal.signal(signum, self._on_signal)
+                        for signum in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -317,6 +73,31 @@ def new_folder(parent: Path, label: str) -> Path:
                 return folder
     except OSError as error:
         raise UserError(f"cannot make a run folder in {parent}: {error.strerror}") from None
+
+
+def open_folder(out: str | None, parent: Path, label: str) -> tuple:
+    """(folder, lock) for a new run: `out`, if it holds none yet, or a new one under `parent`."""
+    folder = Path(out) if out else new_folder(parent, label)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+    lock = lock_folder(folder)
+    if holds_run(folder):
+        raise UserError(f"{folder} already holds a run: --resume --out {folder} goes on with it, "
+                        f"another --out starts a new one")
+    return folder, lock
+
+
+def write_first(folder: Path, config: dict, save: Callable[[int], None] | None) -> None:
+    """The checkpoint of step 0, for a new run, and the config for people to read."""
+    try:
+        if save is not None:
+            save(0)
+        text = json.dumps(config, indent=1) + "\n"
+        atomic_write(folder / "config.json", lambda file: file.write(text.encode()))
+    except OSError as error:
+        raise UserError(f"cannot write in {folder}: {error.strerror or error}") from None
 
 
 def holds_run(folder: Path) -> bool:
@@ -513,7 +294,11 @@ class Run:
         if end or (done % self.every["preview"] == 0 and not stopped):
             self.flush()
             if self.ranks.rank == 0:
-                self.preview(done, lambda: self.signals.received)
+                try:
+                    self.preview(done, lambda: self.signals.received)
+                except OSError as error:
+                    self.ranks.warn(f"the preview of step {done} cannot be written "
+                                    f"({error.strerror or error})")
             self.clock = time.perf_counter()
         return bool(end or stopped)
 
@@ -532,12 +317,13 @@ class Run:
 
 
 def loss_curve(folder: Path) -> Path | None:
-    """Draw metrics.jsonl as loss.png, where matplotlib is installed: each step and a mean of 100."""
+    """Draw metrics.jsonl as loss.png, where matplotlib is installed; else say what to install."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
+        print("no loss curve: pip install matplotlib draws one at the end of a run")
         return None
     rows = read_metrics(folder / "metrics.jsonl")
     steps, losses = [r["step"] for r in rows], torch.tensor([r["loss"] for r in rows])
@@ -549,6 +335,11 @@ def loss_curve(folder: Path) -> Path | None:
     axes.set(xlabel="step", ylabel="loss", title=folder.name)
     axes.legend()
     path = folder / "loss.png"
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    plt.close(figure)
+    try:
+        atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    except OSError as error:
+        print(f"warning: {path} cannot be written ({error.strerror})", file=sys.stderr)
+        return None
+    finally:
+        plt.close(figure)
     return path

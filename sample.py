@@ -12,7 +12,6 @@ import argparse
 import io
 import math
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,10 +23,9 @@ from tqdm import tqdm
 
 import checkpoints
 from data import grid, save_picture, to_uint8
-from runs import (
-    Parser, Ranks, UserError, atomic_write, checkpoints_in, cli, generator, newest_checkpoint,
-    number, printable,
-)
+from cli import Parser, UserError, cli, generator, number, printable
+from ranks import Ranks
+from runs import atomic_write, checkpoints_in, newest_checkpoint
 
 OUTPUT = Path("output")
 SHIPPED = Path(__file__).parent / "assets" / "mnist.pt"
@@ -107,13 +105,14 @@ def parse_label(text: str, class_names: list[str]) -> int:
 def next_free(parent: Path, stem: str, suffix: str) -> Path:
     """parent/stem-NNN.suffix with the first number above those there."""
     taken = [p.stem[len(stem) + 1:] for p in parent.glob(f"{stem}-*{suffix}")]
-    return parent / f"{stem}-{max([int(n) for n in taken if n.isdigit()], default=0) + 1:03d}{suffix}"
+    number = max([int(n) for n in taken if n.isdecimal()], default=0) + 1
+    return parent / f"{stem}-{number:03d}{suffix}"
 
 
-def check_target(path: Path, force: bool, suffixes: tuple[str, ...]) -> None:
+def check_target(path: Path, force: bool, suffix: str) -> None:
     """Before any work: may this file be written, and would it overwrite one?"""
-    if path.suffix.lower() not in suffixes:
-        raise UserError(f"{path} must end in {' or '.join(suffixes)}")
+    if path.suffix.lower() != suffix:
+        raise UserError(f"{path} must end in {suffix}")
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file in it")
     if path.exists() and not force:
@@ -151,6 +150,26 @@ def newest_in(folder: Path) -> Path:
 # ---------------------------------------------------------------- the pictures
 
 
+class Film:
+    """A `watch` for `sample` that keeps, as uint8, what the GIF and the strip are made of."""
+
+    def __init__(self, steps: int, stills: int = 48):
+        self.steps = steps
+        self.wanted = set(np.linspace(0, steps - 1, min(stills, steps)).round().astype(int))
+        self.seen, self.frames, self.first = 0, {}, []
+
+    def __call__(self, t: int, xt: Tensor, x0_hat: Tensor) -> None:
+        if self.seen < self.steps:              # the first image of the first batch
+            self.first.append((t, to_uint8(xt[0]).cpu(), to_uint8(x0_hat[0]).cpu()))
+        if (moment := self.seen % self.steps) in self.wanted:
+            self.frames.setdefault(moment, []).append(to_uint8(xt).cpu())
+        self.seen += 1
+
+    def stills(self) -> list[Tensor]:
+        """All images at each of the moments: a list of uint8 (N, C, H, H)."""
+        return [torch.cat(parts) for parts in self.frames.values()]
+
+
 def trajectory_strip(frames: list[tuple[int, Tensor, Tensor]], columns: int = 10) -> Image.Image:
     """xt over x0_hat of one image, at `columns` moments from the first step to the last."""
     chosen = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, min(columns, len(frames)))]
@@ -174,10 +193,10 @@ def main(argv: list[str] | None = None) -> int:
     a = parser().parse_args(argv)
     if len(a.cfg_scale or ()) > 1 and (a.gif or a.trajectory or a.npz):
         raise UserError("--gif, --trajectory and --npz take one --cfg-scale")
-    targets = [(a.out, (".png",)), (a.gif, (".gif",)), (a.trajectory, (".png",)), (a.npz, (".npz",))]
-    for target, suffixes in targets:
+    for target, suffix in [(a.out, ".png"), (a.gif, ".gif"), (a.trajectory, ".png"),
+                           (a.npz, ".npz")]:
         if target is not None:
-            check_target(target, a.force, suffixes)
+            check_target(target, a.force, suffix)
     ranks = Ranks.join(a.device)
     if ranks.world > 1 and (a.npz is None or a.gif or a.trajectory):
         raise UserError("several processes share the work of --npz alone: run the rest in one")
@@ -205,61 +224,45 @@ def main(argv: list[str] | None = None) -> int:
 
     # Which images: a row per label
     names = state["class_names"]
-    labels = [parse_label(text, names) for text in a.labels or []] or list(range(min(10, len(names))))
+    labels = [parse_label(text, names) for text in a.labels or ()] or list(range(len(names)))[:10]
     per_class = a.per_class or (1 if a.labels else 10)
     y = torch.tensor(labels).repeat_interleave(per_class)
     columns = per_class if per_class > 1 else math.ceil(math.sqrt(len(labels)))
     ranks.say(f"{printable(path)}: step {state['step']:,}, {how['sampler']}, {how['steps']} steps, "
               f"guidance {' '.join(f'{s:g}' for s in scales)}, {len(y)} images, seed {a.seed}")
 
-    # Sample, a grid for each strength of guidance
-    sheets, frames, movie = [], [], []
-    batches = [slice(i, i + a.batch_size) for i in range(0, len(y), a.batch_size)]
-    mine = batches[ranks.rank :: ranks.world]
-    steps_in_gif = set(np.linspace(0, how["steps"] - 1, min(48, how["steps"])).round().astype(int))
-    total = sum(len(y[b]) for b in mine) * how["steps"] * len(scales)
-    options = {k: how[k] for k in ("sampler", "steps", "eta")}
-    with tqdm(total=total, desc="sampling", unit="image-step", unit_scale=True, dynamic_ncols=True,
-              disable=ranks.rank > 0) as bar:
+    # Sample: the images of each strength of guidance, and what is seen on the way
+    options = {key: how[key] for key in ("sampler", "steps", "eta")}
+    chunks = list(torch.arange(len(y)).split(a.batch_size))[ranks.rank :: ranks.world]
+    film = Film(how["steps"]) if a.gif or a.trajectory else None
+    pictures = []
+    with tqdm(total=sum(map(len, chunks)) * how["steps"] * len(scales), desc="sampling",
+              unit="image-step", unit_scale=True, dynamic_ncols=True, disable=ranks.rank > 0) as bar:
         for scale in scales:
-            parts = []
-            for batch in mine:
-                seen = []
-
-                def watch(t: int, xt: Tensor, x0_hat: Tensor, seen=seen, first=not parts) -> None:
-                    if a.trajectory and first:
-                        frames.append((t, to_uint8(xt[0]).cpu(), to_uint8(x0_hat[0]).cpu()))
-                    if a.gif and len(seen) in steps_in_gif:
-                        movie.append((batch.start, to_uint8(xt).cpu()))
-                    seen.append(t)
-
-                parts += sample(model, diffusion, y[batch], a.seed, scale, **options,
-                                batch_size=a.batch_size, first=batch.start, watch=watch, bar=bar)
-            images = ranks.gather_parts(parts)
-            if ranks.rank == 0:
-                sheets.append(grid(images, columns, f"guidance {scale:g}" if len(scales) > 1 else "")
-                              if a.npz is None or a.out else None)
+            parts = [part for chunk in chunks for part in sample(
+                model, diffusion, y[chunk], a.seed, scale, **options, batch_size=a.batch_size,
+                first=int(chunk[0]), watch=film, bar=bar)]
+            pictures.append(ranks.gather_parts(parts))
     ranks.leave()
     if ranks.rank > 0:
         return 0
 
     # Write
-    out = a.out
-    if out is None and a.npz is None:
-        out = next_free(OUTPUT, "samples", ".png")
+    out = a.out or (next_free(OUTPUT, "samples", ".png") if a.npz is None else None)
     written = {}
     if out:
-        written[out] = lambda p: save_picture(p, side_by_side(sheets))
+        titles = [f"guidance {s:g}" if len(scales) > 1 else "" for s in scales]
+        sheets = [grid(images, columns, title)
+                  for images, title in zip(pictures, titles, strict=True)]
+        written[out] = lambda path: save_picture(path, side_by_side(sheets))
     if a.gif:
-        starts = sorted({start for start, _ in movie})
-        moments = zip(*([x for at, x in movie if at == start] for start in starts), strict=True)
-        stills = [grid(torch.cat(parts), columns) for parts in moments]
-        written[a.gif] = lambda p: atomic_write(p, lambda f: f.write(animation(stills)))
+        stills = [grid(images, columns) for images in film.stills()]
+        written[a.gif] = lambda path: atomic_write(path, lambda f: f.write(animation(stills)))
     if a.trajectory:
-        written[a.trajectory] = lambda p: save_picture(p, trajectory_strip(frames))
+        written[a.trajectory] = lambda path: save_picture(path, trajectory_strip(film.first))
     if a.npz:
-        arrays = images.permute(0, 2, 3, 1).numpy(), y.numpy()
-        written[a.npz] = lambda p: atomic_write(p, lambda f: np.savez(f, *arrays))
+        arrays = pictures[0].permute(0, 2, 3, 1).numpy(), y.numpy()
+        written[a.npz] = lambda path: atomic_write(path, lambda f: np.savez(f, *arrays))
     for target, write in written.items():
         try:
             write(target)
@@ -297,7 +300,7 @@ def parser() -> Parser:
                    "several make a grid each")
     g.add_argument("--sampler", choices=checkpoints.SAMPLERS, help="ddpm (all timesteps) or ddim")
     g.add_argument("--steps", type=count, help="sampling steps, ddim")
-    g.add_argument("--eta", type=number(float, 0, 1), help="noise that ddim adds: 0 none, 1 as ddpm")
+    g.add_argument("--eta", type=number(float, 0, 1), help="noise ddim adds: 0 none, 1 as ddpm")
     g.add_argument("--weights", choices=("ema", "model"), default="ema",
                    help="the averaged weights or the last ones (default: ema)")
     g.add_argument("--batch-size", type=count, default=250, help="images at a time (default: 250)")
