@@ -1,0 +1,272 @@
+"""The ruler: a small classifier of the real images, and distances between what it sees.
+
+    assets/ruler-mnist.pt           the one for MNIST: everyone measures with the same
+    DATA_DIR/ruler-NAME-DIGEST.pt   for any other data set, trained on it once
+
+Its features are the 64 numbers before the last layer: images that are alike to a classifier are
+near one another there. First the classifier, its training and its files; then the Frechet distance,
+precision and recall, and the nearest training image. Not needed to understand DiT.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from checkpoints import read_archive
+from data import Batches, ImageSet
+from cli import UserError, generator, mix_seed, printable
+from runs import atomic_write, slug
+
+SHIPPED = Path(__file__).parent / "assets" / "ruler-mnist.pt"
+FORMAT = "dit-lesson-ruler/1"
+EPOCHS, BATCH_SIZE, LR = 6, 128, 4e-3           # 99.6% on MNIST's test set
+LEAST_STEPS = 300                               # for a small data set
+LEAST_ACCURACY = {"mnist": 0.994}               # below it, the shipped ruler is not replaced
+
+
+class Ruler(nn.Module):
+    """logits (B, K), features (B, 64) = ruler(x) for x float32 (B, C, H, H) in [-1, 1]."""
+
+    def __init__(self, in_channels: int, num_classes: int):
+        super().__init__()
+
+        def conv(c_in: int, c_out: int) -> list[nn.Module]:
+            return [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out),
+                    nn.ReLU()]
+
+        self.body = nn.Sequential(                                              # for MNIST:
+            *conv(in_channels, 16), *conv(16, 32), nn.MaxPool2d(2),             # (B, 32, 14, 14)
+            *conv(32, 48), *conv(48, 64), nn.MaxPool2d(2),                      # (B, 64, 7, 7)
+            *conv(64, 96), nn.AdaptiveAvgPool2d(2), nn.Flatten(),               # (B, 384)
+            nn.Linear(384, 64), nn.ReLU())
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(x)
+        return self.head(features), features
+
+    def digest(self) -> str:
+        """A short hash of the weights."""
+        weights = [w.cpu().contiguous().numpy().tobytes() for w in self.state_dict().values()]
+        return hashlib.sha256(b"".join(weights)).hexdigest()[:16]
+
+
+@torch.no_grad()
+def look(ruler: Ruler, images: Tensor, desc: str = "ruler") -> tuple[np.ndarray, np.ndarray]:
+    """What the ruler sees in uint8 images (N, C, H, H): features float32 (N, 64) and the classes
+    it takes them for, int64 (N,)."""
+    device, seen = ruler.head.weight.device, []
+    bar = tqdm(total=len(images), desc=desc, unit="img", leave=False, dynamic_ncols=True)
+    with bar, torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        for part in images.split(500):
+            x = part.to(device).float() / 127.5 - 1
+            logits, features = ruler(x.contiguous(memory_format=torch.channels_last))
+            seen.append((features.cpu(), logits.argmax(1).cpu()))
+            bar.update(len(part))
+    features, guesses = (torch.cat(parts).numpy() for parts in zip(*seen, strict=True))
+    return features, guesses
+
+
+# ---------------------------------------------------------------- training
+
+
+def augment(x: Tensor, rng: torch.Generator) -> Tensor:
+    """x (B, C, H, H), each turned by up to 10 degrees, scaled by 10%, shifted by an eighth; what
+    comes in at the border is -1, black."""
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=rng, device=x.device) * 2 - 1
+    angle, scale = uniform(len(x)) * 0.175, 1 + uniform(len(x)) * 0.1
+    theta = torch.zeros(len(x), 2, 3, device=x.device)
+    theta[:, 0, 0] = theta[:, 1, 1] = scale * angle.cos()
+    theta[:, 1, 0] = scale * angle.sin()
+    theta[:, 0, 1] = -theta[:, 1, 0]
+    theta[:, :, 2] = uniform(len(x), 2) * 0.125
+    places = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x + 1, places, align_corners=False) - 1
+
+
+def train(images: ImageSet, test: ImageSet, seed: int, device: torch.device) -> tuple[Ruler, dict]:
+    """A new ruler for a data set, in eval mode, its weights rounded to float16 as they are kept;
+    and what the file says of it. Deterministic by seed, on one device and number of threads."""
+    if images.images.shape[-1] < 8:
+        raise UserError("the ruler needs images of at least 8x8 pixels")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mix_seed(seed, "ruler"))
+        ruler = Ruler(images.images.shape[1], len(images.class_names))
+    ruler.to(device, memory_format=torch.channels_last).train()
+    steps = max(LEAST_STEPS, EPOCHS * len(images.images) // BATCH_SIZE)
+    opt = torch.optim.AdamW(ruler.parameters(), LR, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, LR, total_steps=steps)
+    batches = Batches(len(images.images), BATCH_SIZE, mix_seed(seed, "ruler"), torch.device("cpu"))
+    for step in tqdm(range(steps), desc=f"training the ruler of {images.name}", unit="step",
+                     dynamic_ncols=True):
+        x, y = images.batch(batches(step), device)
+        x = augment(x, generator(device, seed, "ruler", step))
+        logits, _ = ruler(x.contiguous(memory_format=torch.channels_last))
+        F.cross_entropy(logits, y).backward()
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        schedule.step()
+    ruler.eval().half().float()
+    _, guesses = look(ruler, test.images, "testing the ruler")
+    accuracy = float((guesses == test.labels.numpy()).mean())
+    about = dict(dataset=images.name, digest=images.digest(), seed=seed, steps=steps,
+                 test_images=len(guesses), test_accuracy=accuracy,
+                 in_channels=images.images.shape[1], num_classes=len(images.class_names))
+    return ruler, about
+
+
+# ---------------------------------------------------------------- files
+
+
+def save(path: Path, ruler: Ruler, about: dict) -> None:
+    """Raises OSError where the file cannot be written."""
+    weights = {name: w.cpu().contiguous().half() if w.is_floating_point() else w.cpu()
+               for name, w in ruler.state_dict().items()}
+    state = {"format": FORMAT, "about": about, "weights": weights}
+    atomic_write(path, lambda file: torch.save(state, file))
+
+
+def load(path: Path, device: torch.device) -> tuple[Ruler, dict]:
+    """The ruler in a file, in eval mode, and what the file says of it. UserError if it is none."""
+    state = read_archive(path)
+    try:
+        if state["format"] != FORMAT:
+            raise ValueError(f"format {state['format']!r}")
+        about = state["about"]
+        if not math.isfinite(about["test_accuracy"]) or not isinstance(about["digest"], str):
+            raise ValueError("its metadata are damaged")
+        if not (0 < about["in_channels"] <= 4 and 0 < about["num_classes"] <= 100_000):
+            raise ValueError("its sizes are not those of a ruler")
+        ruler = Ruler(about["in_channels"], about["num_classes"])
+        ruler.load_state_dict(state["weights"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{printable(path)} is not a ruler ({printable(error)[:100]}): delete it "
+                        f"to have it trained again") from None
+    return ruler.eval().to(device, memory_format=torch.channels_last), about
+
+
+def kept_at(images: ImageSet, data_dir: Path) -> Path:
+    """Where the ruler of a data set is kept, if it is not the one that ships."""
+    return data_dir / f"ruler-{slug(images.name)}-{images.digest()}.pt"
+
+
+def find(images: ImageSet, test: ImageSet, data_dir: Path, device: torch.device, warn
+         ) -> tuple[Ruler, dict, Path]:
+    """(the ruler of a data set, what is known of it, its file): the one that ships if it was
+    trained on these very images, else the one beside the data, else a new one, kept there.
+    warn(line) is told where it cannot be kept."""
+    own = kept_at(images, data_dir)
+    for path in (SHIPPED, own) if images.name == "mnist" else (own,):
+        if path.is_file():
+            ruler, about = load(path, device)
+            if about["digest"] == images.digest():
+                return ruler, about, path
+    ruler, about = train(images, test, 0, device)
+    try:
+        save(own, ruler, about)
+    except OSError as error:
+        warn(f"the ruler cannot be kept in {data_dir} ({error.strerror or error}): it will be "
+             f"trained again next time")
+    return ruler, about, own
+
+
+def make(images: ImageSet, test: ImageSet, path: Path, seed: int, device: torch.device) -> dict:
+    """Train a ruler and write it to `path`; UserError, and nothing written, if it is a poor one."""
+    ruler, about = train(images, test, seed, device)
+    least = LEAST_ACCURACY.get(images.name, 0.0)
+    if about["test_accuracy"] < least:
+        raise UserError(f"this ruler is right on {about['test_accuracy']:.2%} of the test set, and "
+                        f"{least:.1%} are needed: nothing is written; try another --seed", status=1)
+    try:
+        save(path, ruler, about)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    return about
+
+
+# ---------------------------------------------------------------- Frechet distance
+
+
+def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and covariance (D, D), float64, of features (N, D)."""
+    x = features.astype(np.float64)
+    return x.mean(axis=0), np.atleast_2d(np.cov(x, rowvar=False))
+
+
+def frechet(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:
+    """The distance of two Gaussians given by mean and covariance, squared: Heusel et al.,
+    arXiv 1706.08500, eq. 6,  |m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)).
+
+    A B is similar to the symmetric A^(1/2) B A^(1/2), whose eigenvalues' roots add up to the trace.
+    """
+    (mean_a, A), (mean_b, B) = a, b
+    values, vectors = np.linalg.eigh(A)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    values = np.linalg.eigvalsh(root @ B @ root)
+    between = np.trace(A) + np.trace(B) - 2 * np.sqrt(values.clip(0)).sum()
+    return float(((mean_a - mean_b) ** 2).sum() + max(between, 0.0))
+
+
+# ---------------------------------------------------------------- neighbours
+
+
+def _distances(a: np.ndarray, b: np.ndarray, rows: int = 1000):
+    """(slice, float64 (rows, M)): Euclidean distances of a (N, D) to b (M, D), part by part."""
+    a, b = torch.from_numpy(a).double(), torch.from_numpy(b).double()
+    for start in range(0, len(a), rows):
+        part = slice(start, start + rows)
+        yield part, torch.cdist(a[part], b).numpy()
+
+
+def radii(x: np.ndarray, *ks: int) -> np.ndarray:
+    """From each row of x (N, D), the distance to its k-th nearest other row: (len(ks), N)."""
+    found = np.empty((len(ks), len(x)))
+    for part, distance in _distances(x, x):
+        found[:, part] = np.partition(distance, ks, axis=1)[:, ks].T        # index 0: itself
+    return found
+
+
+def neighbour_metrics(samples: np.ndarray, real: np.ndarray, k: int = 3, k_naeem: int = 5) -> dict:
+    """precision, recall, density, coverage of features (N, D) against real ones (M, D).
+
+    Precision: the share of samples within the k-th neighbour's distance of some real image; recall:
+    the same with the roles changed (Kynkaanniemi et al., arXiv 1904.06991, eq. 1-3). Density: how
+    many such balls a sample lies in, over k; coverage: the share of balls that hold a sample
+    (Naeem et al., arXiv 2002.09797, eq. 3 and 5).
+    """
+    (r_samples,), (r_real, r_naeem) = radii(samples, k), radii(real, k, k_naeem)
+    precise, balls = np.zeros(len(samples), bool), np.zeros(len(samples))
+    recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
+    for part, distance in _distances(real, samples):                        # (rows, N)
+        precise |= (distance <= r_real[part, None]).any(axis=0)
+        recalled[part] = (distance <= r_samples).any(axis=1)
+        inside = distance <= r_naeem[part, None]
+        balls += inside.sum(axis=0)
+        covered[part] = inside.any(axis=1)
+    return dict(precision=float(precise.mean()), recall=float(recalled.mean()),
+                density=float(balls.mean() / k_naeem), coverage=float(covered.mean()))
+
+
+def nearest_distances(images: Tensor, train: Tensor, device: torch.device | str = "cpu"
+                      ) -> np.ndarray:
+    """For each of images (N, C, H, H) the distance to the nearest of train (M, C, H, H), uint8:
+    Euclidean over all pixels, values 0 to 1, float64 (N,). A copied image has 0."""
+    x = images.flatten(1).to(device).float() / 255
+    best = torch.full((len(x),), float("inf"), device=device)
+    which = torch.zeros(len(x), dtype=torch.int64, device=device)
+    starts = range(0, len(train), 5_000)
+    for start in tqdm(starts, desc="nearest training images", leave=False, dynamic_ncols=True):
+        other = train[start : start + 5_000].flatten(1).to(device).float() / 255
+        # |x - o|^2 less the |x|^2 that does not depend on o
+        value, index = ((other**2).sum(1) - 2 * x @ other.T).min(dim=1)
+        which = torch.where(value < best, index + start, which)
+        best = torch.minimum(value, best)
+    difference = images.flatten(1).double() - train[which.to(train.device)].flatten(1).double()
+    return (difference / 255).norm(dim=1).numpy()
