@@ -16,18 +16,26 @@ A checkpoint is a dict in torch's zip format, made of tensors, numbers, strings,
 Not needed to understand DiT.
 """
 
+import contextlib
+import io
 import math
+import os
+import pickle
+import pickletools
+import warnings
 import zipfile
 from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from cli import UserError, printable
 from diffusion import PREDICTIONS, GaussianDiffusion
 from dit import DiT
-from runs import UserError, atomic_write, checkpoints_in, printable
+from runs import atomic_write, checkpoints_in
 
 FORMAT = "dit-lesson/1"
 MODEL_KEYS = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads",
@@ -46,12 +54,17 @@ def save(path: Path, state: dict) -> None:
 def keep_last(folder: Path, count: int) -> None:
     """Delete all but the newest `count` checkpoints of a run folder."""
     for path in checkpoints_in(folder)[:-count]:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):      # one too many does no harm
+            path.unlink()
 
 
 def shared(state: dict) -> dict:
-    """A checkpoint to give away: the EMA weights alone, in half precision."""
+    """A checkpoint to give away: the EMA weights alone, in half precision. Raises UserError where
+    a weight is too large for it."""
     ema = {name: w.half() for name, w in state["ema"].items()}
+    for name, w in ema.items():
+        if not w.isfinite().all():
+            raise UserError(f"ema[{printable(name)!r}] is too large for half precision")
     return {**{k: state[k] for k in ("step", "config", "class_names")}, "ema": ema}
 
 
@@ -65,73 +78,27 @@ def read_archive(path: Path) -> object:
     tensors larger than itself, or is a pickle that asks for more than tensors and plain values
     (argparse.Namespace, which the published training checkpoints hold, aside).
     """
+    name = printable(path)
     try:
-        size = path.stat().st_size
-        if path.is_dir():
-            raise UserError(f"{printable(path)} is a folder, not a checkpoint")
+        if not os.path.isfile(path):
+            raise UserError(f"{name} is not a file" if os.path.exists(path) else
+                            f"{name} does not exist")
         if not zipfile.is_zipfile(path):
-            raise UserError(f"{printable(path)} is no checkpoint (not a zip archive of torch.save, "
-                            f"or cut short)")
+            raise UserError(f"{name} is no checkpoint: not a zip archive as torch.save writes it, "
+                            f"or cut short (bare pickles are not read, for they can run code)")
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or \
-                    sum(e.file_size for e in entries) > size:
-                raise UserError(f"{printable(path)} is no checkpoint: its records claim more "
-                                f"than the file holds")
-            damaged = archive.testzip()     # torch.load takes a flipped byte without a word
-            if damaged is not None:
-                raise UserError(f"{printable(path)} is damaged: record {printable(damaged)}")
-        with torch.serialization.safe_globals([Namespace]):
-            claimed = torch.load(path, map_location="meta", weights_only=True)
-            _refuse_giants(claimed, size, path)
+            _check_archive(archive, os.path.getsize(path))
+        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
+    except _Wrong as wrong:
+        raise UserError(f"{name} is refused: {printable(wrong)}") from None
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{printable(path)} cannot be read: "
-                        f"{printable(error.strerror or error)}") from None
+        raise UserError(f"{name} cannot be read: {printable(error.strerror or error)}") from None
     except Exception as error:      # zipfile, pickle and torch raise a dozen types on bad bytes
-        if "weights_only" in str(error).lower() or "unsupported global" in str(error).lower():
-            raise UserError(f"{printable(path)} is refused: its pickle asks for more than tensors "
-                            f"and plain values, and could run code") from None
-        raise UserError(f"{printable(path)} is damaged or no checkpoint "
-                        f"({type(error).__name__})") from None
-
-
-def _refuse_giants(content: object, size: int, path: Path) -> None:
-    """A tensor's header may claim a terabyte that the file does not hold."""
-    stack, seen = [content], set()
-    while stack:
-        item = stack.pop()
-        if isinstance(item, Tensor):
-            if item.numel() * item.element_size() > size:
-                raise UserError(f"{printable(path)} is refused: it claims a tensor of "
-                                f"{item.numel() * item.element_size():,} bytes and has {size:,}")
-        elif id(item) not in seen:
-            seen.add(id(item))
-            if isinstance(item, dict):
-                stack += item.values()
-            elif isinstance(item, list | tuple):
-                stack += item
-
-
-def load(path: Path, full: bool = False) -> dict:
-    """A checkpoint of this project, checked in every part that is used. See the top of the file.
-
-    full: it must also hold model, opt and scaler. Raises UserError naming what is wrong.
-    """
-    state = read_archive(path)
-    name = printable(path)
-    if not isinstance(state, dict) or "format" not in state:
-        raise UserError(f"{name} is not a checkpoint of this project (weights of the published "
-                        f"code go to train_mnist.py --init-from)")
-    if state["format"] != FORMAT:
-        raise UserError(f"{name} has format {printable(state['format'])!r}; this version reads "
-                        f"{FORMAT!r}")
-    try:
-        return _checked(state, full)
-    except _Wrong as wrong:
-        raise UserError(f"{name} is not a valid checkpoint: {printable(wrong)}") from None
+        raise UserError(f"{name} is damaged or no checkpoint ({type(error).__name__})") from None
 
 
 class _Wrong(Exception):
@@ -143,57 +110,154 @@ def _need(holds: bool, what: str) -> None:
         raise _Wrong(what)
 
 
+def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
+    """Everything about a torch archive that can be known before a tensor is made of it."""
+    entries = archive.infolist()
+    _need(all(e.compress_type == zipfile.ZIP_STORED for e in entries)
+          and sum(e.file_size for e in entries) <= size, "its records claim more than it holds")
+    _need(len({e.filename.lower() for e in entries}) == len(entries), "two records share a name")
+    damaged = archive.testzip()         # torch.load takes a flipped byte without a word
+    _need(damaged is None, f"record {damaged} is damaged")
+    top = entries[0].filename.split("/")[0] if entries else ""
+    sizes = {e.filename: e.file_size for e in entries}
+    _need(f"{top}/data.pkl" in sizes, "it has no data.pkl: not an archive of torch.save")
+    content = archive.read(f"{top}/data.pkl")
+    for opcode, value, _ in pickletools.genops(content):
+        _need(opcode.name not in ("PUT", "LONG_BINPUT") or value < len(content),
+              "its pickle is no sound one")       # pickle would make a table of that length
+    _Claims(content, {name[len(top) + 1:]: n for name, n in sizes.items()}, size).load()
+
+
+# What the pickle of a checkpoint may ask for, and the bytes of a number in each storage.
+_STORAGES = dict(DoubleStorage=8, FloatStorage=4, HalfStorage=2, BFloat16Storage=2, LongStorage=8,
+                 IntStorage=4, ShortStorage=2, CharStorage=1, ByteStorage=1, BoolStorage=1)
+
+
+class _Claims(pickle.Unpickler):
+    """Walks through the pickle of an archive without making a tensor, or anything else that is
+    not a plain value: sizes that the records do not hold, and any other global, raise _Wrong."""
+
+    def __init__(self, content: bytes, records: dict[str, int], budget: int):
+        super().__init__(io.BytesIO(content))
+        self.records, self.budget = records, budget
+
+    def find_class(self, module: str, name: str):
+        allowed = {("torch._utils", "_rebuild_tensor_v2"): self.tensor,
+                   ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: None,
+                   ("collections", "OrderedDict"): OrderedDict,
+                   ("argparse", "Namespace"): Namespace}
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        _need((module, name) in allowed, f"its pickle asks for {module}.{name}, and could run "
+                                         f"code: only tensors and plain values are read")
+        return allowed[module, name]
+
+    def persistent_load(self, claim: tuple) -> tuple[int, int]:
+        _storage, width, key, _device, count = claim
+        _need(self.records.get(f"data/{key}") == count * width and count >= 0,
+              f"record data/{key} does not have the {count * width:,} bytes that it claims")
+        return width, count
+
+    def tensor(self, storage: tuple[int, int], offset: int, shape: tuple, stride: tuple, *rest):
+        (width, count), numel = storage, math.prod(shape)
+        self.budget -= numel * width
+        last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        _need(min(0, offset, *shape, *stride) >= 0 and (numel == 0 or last < count)
+              and numel <= count and self.budget >= 0,
+              f"it claims a tensor of {numel * width:,} bytes that it does not hold")
+        _need(len(rest) == 2, "a tensor in it is not a plain one")
+
+
+def load(path: Path, full: bool = False) -> dict:
+    """A checkpoint of this project, checked in every part that is used. See the top of the file.
+
+    full: it must also hold model, opt and scaler. Raises UserError naming what is wrong.
+    """
+    return _valid(read_archive(path), path, full)
+
+
+def _valid(state: object, path: Path, full: bool) -> dict:
+    name = printable(path)
+    if not isinstance(state, dict) or not isinstance(state.get("format"), str):
+        raise UserError(f"{name} is not a checkpoint of this project (weights of the published "
+                        f"code go to train_mnist.py --init-from)")
+    if state["format"] != FORMAT:
+        raise UserError(f"{name} has format {printable(state['format'])}; this version reads "
+                        f"{FORMAT}")
+    try:
+        model = _checked_config(state)
+        for key in ("ema", "model") if full or "model" in state else ("ema",):
+            _check_weights(_get(state, key, dict, "checkpoint"), model, key)
+        if full:
+            _get(state, "opt", dict, "checkpoint")
+            scaler = _get(state, "scaler", dict, "checkpoint")
+            for key in scaler:
+                _get(scaler, key, (int, float), "scaler", lambda v: 0 <= v < 2**64)
+    except _Wrong as wrong:
+        raise UserError(f"{name} is not a valid checkpoint: {printable(wrong)}") from None
+    return state
+
+
 def _get(holder: dict, key: str, kind: type | tuple, where: str, good: Callable = lambda v: True):
     _need(isinstance(holder, dict) and key in holder, f"{where} lacks {key!r}")
     value = holder[key]
     right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    _need(right and good(value), f"{where}[{key!r}] is {value if right else type(value)!r}")
+    if not right or not good(value):
+        raise _Wrong(f"{where}[{key!r}] is {value if right else type(value)!r}")
     return value
 
 
-def _checked(state: dict, full: bool) -> dict:
-    _get(state, "step", int, "checkpoint", lambda v: v >= 0)
+def _plain(value: object, depth: int = 5) -> bool:
+    """True for what json can hold too: no tensor, and nothing that contains itself."""
+    if isinstance(value, dict):
+        return depth > 0 and all(isinstance(k, str) and _plain(v, depth - 1)
+                                 for k, v in value.items())
+    if isinstance(value, list):
+        return depth > 0 and all(_plain(v, depth - 1) for v in value)
+    return value is None or isinstance(value, str | int | float)
+
+
+def _checked_config(state: dict) -> dict:
+    """Check step, config and class_names; returns the arguments of DiT."""
+    _get(state, "step", int, "checkpoint", lambda v: 0 <= v < 2**53)
     config = _get(state, "config", dict, "checkpoint")
+    _need(_plain(config), "config holds more than plain values")
     names = _get(state, "class_names", list, "checkpoint")
     _need(bool(names) and all(isinstance(n, str) for n in names), "class_names are not strings")
 
     model = _get(config, "model", dict, "config")
     for key in MODEL_KEYS:
         _get(model, key, int, "config['model']", lambda v: 0 < v < 2**20)
-    extra = {"mlp_ratio": (int, float), "learn_sigma": bool}
-    for key in set(model) - set(MODEL_KEYS):
-        _need(key in extra, f"config['model'] has an unknown {key!r}")
-        _get(model, key, extra[key], "config['model']", lambda v: 0 <= v < 1000)
+    if "mlp_ratio" in model:
+        _get(model, "mlp_ratio", (int, float), "config['model']", lambda v: 0 < v < 1000)
+    if "learn_sigma" in model:
+        _get(model, "learn_sigma", bool, "config['model']")
+    for key in set(model) - {*MODEL_KEYS, "mlp_ratio", "learn_sigma"}:
+        raise _Wrong(f"config['model'] has an unknown {key!r}")
     _need(model["num_classes"] == len(names), "class_names do not fit num_classes")
 
     process = _get(config, "diffusion", dict, "config")
     _get(process, "num_timesteps", int, "config['diffusion']", lambda v: 0 < v <= 100_000)
     for key in ("beta_start", "beta_end"):
         _get(process, key, float, "config['diffusion']", lambda v: 0 < v < 1)
+    _need(len(process) == 3, "config['diffusion'] has unknown keys")
     _get(config, "prediction", str, "config", lambda v: v in PREDICTIONS)
     for key in ("data", "recipe"):
         _get(config, key, dict, "config")
-    sampling = _get(config, "sampling", dict, "config")
-    _get(sampling, "sampler", str, "config['sampling']", lambda v: v in SAMPLERS)
-    _get(sampling, "steps", int, "config['sampling']",
-         lambda v: 0 < v <= process["num_timesteps"])
-    for key in ("eta", "cfg_scale"):
-        _get(sampling, key, (int, float), "config['sampling']", math.isfinite)
-
-    for key in ("ema", "model") if full else ("ema",):
-        _check_weights(_get(state, key, dict, "checkpoint"), model, key)
-    if full:
-        _get(state, "opt", dict, "checkpoint")
-        _get(state, "scaler", dict, "checkpoint")
-    return state
+    sampling, where = _get(config, "sampling", dict, "config"), "config['sampling']"
+    _get(sampling, "sampler", str, where, lambda v: v in SAMPLERS)
+    _get(sampling, "steps", int, where, lambda v: 0 < v <= process["num_timesteps"])
+    _get(sampling, "eta", (int, float), where, lambda v: 0 <= v <= 1)
+    _get(sampling, "cfg_scale", (int, float), where, lambda v: -100 <= v <= 100)
+    return model
 
 
 def _check_weights(weights: dict, model: dict, key: str) -> None:
     """The tensors must be exactly those of the model that the config describes. The model is built
     without memory (the meta device), and only if the file has as many blocks as it claims."""
-    _need(all(isinstance(n, str) and isinstance(w, Tensor) for n, w in weights.items()),
-          f"{key} is not a dict of tensors")
-    blocks = {n.split(".")[1] for n in weights if n.startswith("blocks.")}
+    for name, w in weights.items():
+        _need(isinstance(name, str) and isinstance(w, Tensor), f"{key}[{name!r}] is no tensor")
+    blocks = {n.split(".")[1] for n in weights if n.startswith("blocks.") and n.count(".") > 1}
     _need(len(blocks) == model["depth"],
           f"config claims {model['depth']} blocks, {key} has {len(blocks)}")
     try:
@@ -201,14 +265,44 @@ def _check_weights(weights: dict, model: dict, key: str) -> None:
             wanted = DiT(**model).state_dict()
     except (ValueError, TypeError, RuntimeError) as error:
         raise _Wrong(f"config['model']: {error}") from None
-    wrong = sorted(set(wanted) ^ set(weights))
-    _need(not wrong, f"{key} {'lacks' if wrong and wrong[0] in wanted else 'has an unknown'} "
-                     f"{wrong[0] if wrong else ''!r}")
+    for name in sorted(set(wanted) ^ set(weights)):
+        raise _Wrong(f"{key} {'lacks' if name in wanted else 'has an unknown'} {name!r}")
+    _need(len({w.untyped_storage().data_ptr() for w in weights.values()}) == len(weights),
+          f"two tensors of {key} share their numbers")     # they would take more memory apart
     for name, w in weights.items():
+        what = f"{key}[{name!r}]"
         _need(w.shape == wanted[name].shape,
-              f"{key}[{name!r}] has shape {tuple(w.shape)}, not {tuple(wanted[name].shape)}")
-        _need(w.is_floating_point() and w.layout == torch.strided,
-              f"{key}[{name!r}] is not a plain tensor of floats")
+              f"{what} has shape {tuple(w.shape)}, not {tuple(wanted[name].shape)}")
+        _need(w.is_floating_point(), f"{what} holds {w.dtype}, not floats")
+        _need(bool(w.isfinite().all()), f"{what} holds numbers that are not finite")
+
+
+# What each optimizer remembers of a parameter, once it has made a step.
+_MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+
+
+def restore_optimizer(opt: torch.optim.Optimizer, saved: object) -> None:
+    """Put back an optimizer's state_dict() from a checkpoint. Only what it has learned comes from
+    the file; its options are those `opt` was made with. Raises UserError where it does not fit."""
+    params = [p for group in opt.param_groups for p in group["params"]]
+    wanted = _MOMENTS[type(opt).__name__]
+    try:
+        state = _get(saved, "state", dict, "opt")
+        _need(not state or set(state) == set(range(len(params))),
+              f"opt has the state of {len(state)} parameters, not {len(params)}")
+        for i, moments in state.items():
+            _need(isinstance(moments, dict) and set(moments) == wanted,
+                  f"opt lacks {' or '.join(sorted(wanted))} of parameter {i}")
+            for key, w in moments.items():
+                shape = torch.Size() if key == "step" else params[i].shape
+                _need(isinstance(w, Tensor) and w.is_floating_point() and w.shape == shape
+                      and bool(w.isfinite().all()) and (key != "step" or 0 < w < 2**53),
+                      f"opt's {key} of parameter {i} is not a tensor of {tuple(shape)} numbers")
+                _need(key != "exp_avg_sq" or bool((w >= 0).all()), f"opt's {key} is negative")
+    except _Wrong as wrong:
+        raise UserError(f"the checkpoint's training state is not valid: "
+                        f"{printable(wrong)}") from None
+    opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
 
 
 def build(state: dict, weights: str = "ema", device: torch.device | str = "cpu"
@@ -234,7 +328,8 @@ def weights_in(content: object, path: Path) -> dict[str, Tensor]:
         content = content["ema"]
     if not isinstance(content, dict) or not content or not all(
             isinstance(n, str) and isinstance(w, Tensor) for n, w in content.items()):
-        raise UserError(f"{printable(path)} holds no weights: neither a checkpoint nor a state dict")
+        raise UserError(f"{printable(path)} holds no weights: it is neither a checkpoint nor a "
+                        f"state dict")
     return content
 
 
@@ -242,18 +337,25 @@ def load_fitting(model: DiT, weights: dict[str, Tensor]) -> list[str]:
     """Copy every tensor whose name and shape are those of `model`; say which do not fit."""
     own, said = model.state_dict(), []
     for name in sorted(set(own) | set(weights)):
-        if name not in weights:
+        w = weights.get(name)
+        if w is None:
             said.append(f"{name}: not in the file")
         elif name not in own:
             said.append(f"{printable(name)}: not in this model")
-        elif own[name].shape != weights[name].shape:
-            said.append(f"{name}: {tuple(weights[name].shape)} in the file, "
-                        f"{tuple(own[name].shape)} here")
-        elif not weights[name].is_floating_point():
-            said.append(f"{name}: not floats in the file")
+        elif own[name].shape != w.shape:
+            said.append(f"{name}: {tuple(w.shape)} in the file, {tuple(own[name].shape)} here")
+        elif not w.is_floating_point() or not w.isfinite().all():
+            said.append(f"{name}: not finite numbers in the file")
         else:
-            own[name].copy_(weights[name])
-    if len(said) >= len(set(own) | set(weights)):
+            own[name].copy_(w)
+    if len(said) == len(set(own) | set(weights)):
         raise UserError("--init-from: not one tensor fits this model "
                         f"(for example {said[0]}); check --model and --image-size")
     return said
+
+
+def read_any(path: Path) -> object:
+    """What `--init-from` may be given: a checkpoint of this project, checked, or any archive."""
+    content = read_archive(path)
+    ours = isinstance(content, dict) and content.get("format") == FORMAT
+    return _valid(content, path, full=False) if ours else content

@@ -27,7 +27,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from runs import UserError, atomic_write, generator, mix_seed, printable
+from cli import UserError, generator, mix_seed, printable
+from runs import atomic_write
 
 NAMES = ("mnist", "fashion_mnist", "cifar10", "glyphs")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")

@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 from torchvision import datasets
 
 import data
-from runs import UserError
+from cli import UserError
 
 ROOT = Path(__file__).parent.parent
 MNIST = Path(os.environ.get("MNIST_DIR", ROOT / "data"))
