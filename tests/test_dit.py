@@ -103,6 +103,7 @@ def test_named_models_have_the_published_sizes(name):
                     learn_sigma=True)
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED["parameters"][name]
     assert model.patch_size == int(name.split("/")[1])
+    assert {b.attn.num_heads for b in model.blocks} == {PUBLISHED["num_heads"][name]}
 
 
 # ---------------------------------------------------------------- images <-> tokens
