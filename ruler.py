@@ -194,10 +194,12 @@ def make(images: ImageSet, test: ImageSet, path: Path, seed: int, device: torch.
 # ---------------------------------------------------------------- Frechet distance
 
 
-def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (D,) and covariance (D, D), float64, of features (N, D)."""
+def moments(features: np.ndarray, weights: np.ndarray | None = None
+            ) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and covariance (D, D), float64, of features (N, D), or with weights (N,)."""
     x = features.astype(np.float64)
-    return x.mean(axis=0), np.atleast_2d(np.cov(x, rowvar=False))
+    covariance = np.cov(x, rowvar=False, aweights=weights)
+    return np.average(x, axis=0, weights=weights), np.atleast_2d(covariance)
 
 
 def frechet(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:

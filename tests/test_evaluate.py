@@ -225,6 +225,33 @@ def test_the_same_call_finds_the_same(world, tmp_path):
     assert first["rows"]["test"]["images"] == 40 and first["rows"]["train"]["images"] == 60
 
 
+def test_the_classes_come_evenly():
+    labels = np.array([0] * 50 + [1] * 10 + [2] * 40)
+    x = evaluate.Seen(torch.zeros(100, 1, 1, 1), labels, np.zeros((100, 2)), labels)
+    order = evaluate.evenly(x, 0, "a")
+    assert sorted(order) == list(range(100)) and (order != evaluate.evenly(x, 1, "a")).any()
+    for n, counts in [(6, [2, 2, 2]), (30, [10, 10, 10]), (50, [20, 10, 20]), (100, [50, 10, 40])]:
+        assert np.bincount(labels[order[:n]]).tolist() == counts
+    x.labels = None
+    assert sorted(evaluate.evenly(x, 0, "a")) == list(range(100))
+
+
+def test_the_mix_of_classes_costs_nothing():
+    """Weighted moments are those of a set in which the rarer class is there twice."""
+    rare, common = features(1, 30), features(2, 60) + 1
+    def seen(*parts):
+        labels = np.repeat([0, 1], [len(p) for p in parts])
+        images = torch.zeros(len(labels), 1, 1, 1)
+        return evaluate.Seen(images, labels, np.concatenate(parts), labels)
+    uneven, even = seen(rare, common), seen(np.concatenate([rare, rare]), common)
+    assert evaluate.distance(uneven, even, even=True) < 0.02 < 0.1 < \
+        evaluate.distance(uneven, even, even=False)
+    mean, covariance = uneven.even_moments
+    assert np.allclose(mean, even.moments[0])
+    assert even.even_moments[1] == pytest.approx(even.moments[1], rel=1e-9)
+    assert np.allclose(covariance, even.moments[1], rtol=0.02, atol=0.02 * covariance.max())
+
+
 def test_copies_of_training_images_show(world, tmp_path):
     train = some("train", world)
     file = npz(tmp_path / "x.npz", train.images[:40])
