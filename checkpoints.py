@@ -41,6 +41,8 @@ FORMAT = "dit-lesson/1"
 MODEL_KEYS = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads",
               "num_classes")
 SAMPLERS = ("ddpm", "ddim")
+_SCALER = dict(scale=float, growth_factor=float, backoff_factor=float, growth_interval=int,
+               _growth_tracker=int)         # of torch.amp.GradScaler, which fp16 needs
 
 
 # ---------------------------------------------------------------- writing
@@ -191,8 +193,8 @@ def _valid(state: object, path: Path, full: bool) -> dict:
         if full:
             _get(state, "opt", dict, "checkpoint")
             scaler = _get(state, "scaler", dict, "checkpoint")
-            for key in scaler:
-                _get(scaler, key, (int, float), "scaler", lambda v: 0 <= v < 2**64)
+            for key, kind in _SCALER.items() if scaler else ():
+                _get(scaler, key, kind, "scaler", lambda v: 0 <= v < 2**31)
     except _Wrong as wrong:
         raise UserError(f"{name} is not a valid checkpoint: {printable(wrong)}") from None
     return state

@@ -405,7 +405,8 @@ FIELDS = [
                        torch.full((1, 4, 16), float("nan"))]),
     ("model/blocks.0.mlp.fc1.bias", [torch.full((64,), float("inf")), torch.zeros(63)]),
     ("ema/surprise", [torch.zeros(1)]), ("ema/blocks.7.surprise", [torch.zeros(1)]),
-    ("opt", [None, []]), ("scaler", [None, {"scale": "x"}, {"scale": float("nan")}, {3: "x"}]),
+    ("opt", [None, []]),
+    ("scaler", [None, {"scale": "x"}, {"scale": float("nan")}, {3: "x"}, {"scale": 1.0}]),
 ]
 OPTIONAL = ("surprise", "mlp_ratio", "learn_sigma")
 CASES = [(where, value) for where, values in FIELDS for value in [*values, KeyError]
