@@ -1,0 +1,452 @@
+"""A run that is stopped, killed or moved goes on as if it had never stopped."""
+
+import argparse
+import errno
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoints
+import dit
+import train_mnist
+from cli import UserError
+from conftest import FAST, TINY, command, load, tensors_equal
+from dit import DiT
+from runs import StopSignals, checkpoints_in, lock_folder, read_metrics
+
+STATE = ("step", "class_names", "ema", "model", "opt", "scaler")
+
+
+def rows(folder) -> list[dict]:
+    return read_metrics(Path(folder) / "metrics.jsonl")
+
+
+def same_run(a, b) -> bool:
+    """Are two runs equal in model, EMA, optimizers and every row of the record, bit for bit?"""
+    states = [load(checkpoints_in(Path(folder))[-1]) for folder in (a, b)]
+    return rows(a) == rows(b) and all(tensors_equal(states[0][k], states[1][k]) for k in STATE)
+
+
+# ---------------------------------------------------------------- resume, exactly
+
+
+@pytest.fixture(params=["muon", "adamw"])
+def straight(request, train):
+    """40 steps in one go: more than three epochs of 100 images by batches of 8."""
+    flags = ("--steps", 40, "--optimizer", request.param)
+    assert train(*flags, "--out", "straight") == 0
+    return flags
+
+
+@pytest.mark.parametrize("stop, save_every", [
+    (20, 1000),         # half-way, the checkpoint made by the stop alone
+    (7, 1000),          # in the middle of an epoch
+    (25, 5),            # at a checkpoint boundary; 200 images: an epoch's end as well
+    (13, 10),           # behind one, and behind a log interval
+    (1, 1), (39, 1000),
+])
+def test_stopped_and_resumed_equals_straight(train, straight, stop, save_every):
+    flags = (*straight, "--save-every", save_every, "--out", "run")
+    assert train(*flags, "--stop-after", stop) == 0
+    assert load(checkpoints_in(Path("run"))[-1])["step"] == stop
+    assert train("--resume", "--out", "run") == 0
+    assert [r["step"] for r in rows("run")] == list(range(1, 41))
+    assert same_run("straight", "run")
+
+
+def test_resumed_often_equals_straight(train, straight):
+    train(*straight, "--out", "run", "--stop-after", 3)
+    for _ in range(13):
+        train("--resume", "--out", "run", "--stop-after", 3)
+    assert same_run("straight", "run")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_resumed_equals_straight_to_rounding(train):
+    flags = ("--steps", 20, "--device", "cuda")
+    train(*flags, "--out", "a")
+    train(*flags, "--out", "b", "--stop-after", 7)
+    train("--resume", "--out", "b")
+    a, b = ([r["loss"] for r in rows(folder)] for folder in "ab")
+    assert b == pytest.approx(a, rel=1e-3)
+
+
+def test_rows_behind_the_checkpoint_are_cut(train):
+    train("--steps", 10, "--out", "straight")
+    train("--steps", 10, "--out", "run", "--stop-after", 6)
+    with open("run/metrics.jsonl", "a") as file:        # a kill: later rows, and half a line
+        file.write('{"step": 7, "loss": 9.0}\n{"step": 8, "loss": 9.0}\n{"step": 9, "lo')
+    train("--resume", "--out", "run")
+    assert same_run("straight", "run")
+
+
+def test_without_out_the_newest_run_is_resumed_and_named(train, capsys):
+    for seed in (1, 2):
+        train("--steps", 4, "--stop-after", 2, "--seed", seed)
+    newest, other = "output/002-glyphs-DiT-Test-7", "output/001-glyphs-DiT-Test-7"
+    os.utime(f"{other}/step_0000002.pt", (1, 1)), os.utime(other, (1, 1))
+    train("--resume")
+    assert newest in capsys.readouterr().out
+    assert len(rows(newest)) == 4 and len(rows(other)) == 2
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(train, capsys):
+    train("--steps", 4, "--out", "straight")
+    Path("run").mkdir()
+    Path("run/.step_0000000.pt.123.tmp").write_bytes(b"half")
+    assert train_mnist.main([*map(str, FAST), "--steps", "4", "--out", "run", "--resume"]) == 0
+    assert "no checkpoint yet" in capsys.readouterr().out
+    assert same_run("straight", "run")
+
+
+def test_a_new_run_can_be_resumed_from_step_0(train, monkeypatch):
+    train("--steps", 4, "--out", "straight")
+
+    def killed(*_):
+        raise RuntimeError("as if killed")
+
+    with monkeypatch.context() as m:
+        m.setattr(train_mnist, "train", killed)
+        with pytest.raises(RuntimeError):
+            train("--steps", 4, "--out", "run")
+    train("--resume", "--out", "run")
+    assert same_run("straight", "run")
+
+
+def test_a_checkpoint_file_is_resumed_in_its_folder_or_branches_off(train):
+    train("--steps", 9, "--out", "straight", "--save-every", 3)
+    shutil.copytree("straight", "run")
+    with pytest.raises(UserError, match="later work"):
+        train("--resume", "run/step_0000003.pt")
+    with pytest.raises(UserError, match="already holds a run"):
+        train("--resume", "run/step_0000003.pt", "--out", "straight")
+    assert train("--resume", "run/step_0000003.pt", "--out", "branch") == 0
+    assert same_run("straight", "branch") and same_run("straight", "run")
+    for later in (6, 9):
+        Path(f"run/step_000000{later}.pt").unlink()
+    assert train("--resume", "run/step_0000003.pt") == 0
+    assert same_run("straight", "run")
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--log-every", 3), ("--preview-every", 4), ("--save-every", 2), ("--device", "cpu"),
+    ("--keep", 1), ("--grad-accum", 2),
+])
+def test_what_may_change_on_resume(train, flag, value):
+    train("--steps", 8, "--out", "run", "--stop-after", 4)
+    assert train("--resume", "--out", "run", flag, value) == 0
+    assert len(rows("run")) == 8
+
+
+def test_a_longer_schedule_is_said_and_changes_what_follows(train, capsys):
+    train("--steps", 8, "--out", "run")
+    train("--resume", "--out", "run")
+    assert "is complete at step 8" in capsys.readouterr().out
+    train("--resume", "--out", "run", "--steps", 12)
+    assert "8 steps before, 12 now" in capsys.readouterr().out
+    assert [r["step"] for r in rows("run")] == list(range(1, 13))
+    assert rows("run")[8]["lr"] > rows("run")[7]["lr"]
+
+
+@pytest.mark.parametrize("flag, value, old", [
+    ("--lr", "0.5", "0.002"), ("--batch-size", "16", "8"), ("--seed", "3", "0"),
+    ("--model", "DiT-Nano/4", TINY), ("--prediction", "eps", "v"), ("--dataset", "mnist", "glyphs"),
+    ("--ema-decay", "0.5", "0.995"), ("--label-dropout", "0", "0.1"), ("--clip", "3", "1.0"),
+    ("--optimizer", "adamw", "muon"), ("--precision", "fp32", "auto"), ("--image-size", "14", "None"),
+])
+def test_anything_else_given_differently_is_refused_naming_both(train, flag, value, old):
+    train("--steps", 4, "--out", "run", "--stop-after", 2)
+    before = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
+    with pytest.raises(UserError) as caught:
+        train("--resume", "--out", "run", flag, value)
+    assert flag in str(caught.value) and old in str(caught.value) and str(value) in str(caught.value)
+    assert {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()} == before
+
+
+def test_other_data_under_the_same_name_is_refused(train, monkeypatch):
+    train("--steps", 4, "--out", "run", "--stop-after", 2)
+    import data
+    draw = data.draw_glyphs
+    monkeypatch.setattr(data, "draw_glyphs", lambda count, seed=0: draw(count, seed + 1))
+    with pytest.raises(UserError, match="not the one of the checkpoint"):
+        train("--resume", "--out", "run")
+
+
+def test_nothing_to_resume(train):
+    with pytest.raises(UserError, match="no run to resume under output/"):
+        train("--resume")
+    with pytest.raises(UserError, match="no run to resume in nowhere"):
+        train("--resume", "--out", "nowhere")
+
+
+# ---------------------------------------------------------------- --init-from
+
+
+def test_a_new_run_starts_from_the_weights_of_another(train, checkpoint, capsys):
+    assert train("--steps", 1, "--lr", 0, "--muon-lr", 0, "--init-from", checkpoint, "--out", "b") == 0
+    assert tensors_equal(load("b/step_0000001.pt")["model"], load(checkpoint)["ema"])
+    assert "(all fit)" in capsys.readouterr().out
+
+
+def test_weights_with_other_classes_fit_but_for_the_label_table(train, checkpoint, capsys, tmp_path):
+    from PIL import Image
+    for name in ("cat", "dog", "emu"):
+        Path("pets", name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("L", (28, 28), 40 * i).save(f"pets/{name}/{i}.png")
+    train("--steps", 1, "--dataset", "folder:pets", "--image-size", 28, "--init-from", checkpoint,
+          "--out", "b")
+    out = capsys.readouterr().out
+    assert "y_embedder.embedding_table.weight: (11, 16) in the file, (4, 16) here" in out
+    first, old = load("b/step_0000000.pt")["model"], load(checkpoint)["ema"]
+    different = [n for n in first if not tensors_equal(first[n], old[n])]
+    assert different == ["y_embedder.embedding_table.weight"]
+
+
+@pytest.mark.parametrize("kind", ["bare", "published"])
+def test_weights_of_the_published_code(train, kind):
+    """A bare state dict, and a training checkpoint that pickles an argparse.Namespace."""
+    torch.manual_seed(3)
+    weights = DiT(**dit.MODELS[TINY]).state_dict()
+    weights["blocks.0.attn.qkv.bias"] += 0.5
+    torch.save(weights if kind == "bare" else {
+        "model": {}, "ema": weights, "opt": {}, "args": argparse.Namespace(model="DiT-XL/2")}, "w.pt")
+    train("--steps", 1, "--init-from", "w.pt", "--out", "b")
+    assert tensors_equal(load("b/step_0000000.pt")["model"], weights)
+
+
+def test_weights_that_do_not_fit_at_all_are_refused(train):
+    torch.save({"some.weight": torch.zeros(3)}, "w.pt")
+    with pytest.raises(UserError, match="not one tensor fits"):
+        train("--steps", 1, "--init-from", "w.pt")
+    torch.save([1, 2], "w.pt")
+    with pytest.raises(UserError, match="holds no weights"):
+        train("--steps", 1, "--init-from", "w.pt")
+
+
+# ---------------------------------------------------------------- nothing is lost
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_taken(train, capsys):
+    train("--steps", 9, "--out", "straight", "--save-every", 3)
+    train("--steps", 9, "--out", "run", "--save-every", 3)
+    newest = Path("run/step_0000009.pt")
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    train("--resume", "--out", "run")
+    captured = capsys.readouterr()
+    assert "step_0000009.pt" in captured.err and "taking the checkpoint before it" in captured.err
+    assert "resuming run at step 6" in captured.out
+    assert same_run("straight", "run")
+
+
+def test_with_every_checkpoint_damaged_nothing_is_started_over(train, checkpoint):
+    for path in checkpoints_in(Path("run")):
+        path.write_bytes(b"gone")
+    with pytest.raises(UserError, match="no checkpoint in run is whole"):
+        train("--resume", "--out", "run")
+
+
+def test_two_processes_in_one_folder_are_refused_and_a_crash_leaves_no_lock(train, checkpoint):
+    assert Path("run/lock").exists()            # the file of a run that ended locks nobody out
+    lock = lock_folder(Path("run"))
+    with pytest.raises(UserError, match="in use by another process"):
+        train("--resume", "--out", "run", "--steps", 5)
+    lock.close()
+    assert train("--resume", "--out", "run", "--steps", 5) == 0
+
+
+def test_a_full_disk_is_told_training_goes_on_and_the_last_checkpoint_is_intact(train, capsys):
+    train("--steps", 12, "--out", "straight", "--save-every", 3)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    honest = checkpoints.save
+
+    def save(path, state):          # from step 6 to 9 no file may grow beyond 20 kB
+        if 6 <= state["step"] <= 9:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        try:
+            honest(path, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(checkpoints, "save", save)
+        assert train("--steps", 12, "--out", "run", "--save-every", 3) == 0
+    err = capsys.readouterr().err
+    assert "step 6 cannot be saved" in err and "training goes on" in err
+    assert "the last checkpoint is run/step_0000003.pt" in err
+    assert [p.name for p in checkpoints_in(Path("run"))] == [
+        f"step_{k:07d}.pt" for k in (0, 3, 12)]
+    assert not list(Path("run").glob(".*")) and same_run("straight", "run")
+
+
+def test_a_last_checkpoint_that_cannot_be_saved_is_an_error(train, monkeypatch):
+    honest = checkpoints.save
+
+    def save(path, state):
+        if state["step"] == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        honest(path, state)
+
+    monkeypatch.setattr(checkpoints, "save", save)
+    with pytest.raises(UserError, match="step 4 could not be saved.*step_0000002.pt"):
+        train("--steps", 4, "--save-every", 2, "--out", "run")
+
+
+def test_a_folder_that_vanishes_is_told_and_made_again(train, monkeypatch, capsys):
+    honest, count = train_mnist.update_ema, 0
+
+    def update_ema(*args):
+        nonlocal count
+        count += 1
+        if count == 5:
+            shutil.rmtree("run")
+        honest(*args)
+
+    monkeypatch.setattr(train_mnist, "update_ema", update_ema)
+    assert train("--steps", 12, "--out", "run", "--log-every", 2, "--save-every", 8) == 0
+    assert "training goes on" in capsys.readouterr().err
+    assert load("run/step_0000012.pt")["step"] == 12
+
+
+def test_a_record_that_cannot_be_written_is_kept_until_it_can(train, monkeypatch, capsys):
+    train("--steps", 12, "--out", "straight", "--log-every", 2)
+    honest, count = train_mnist.update_ema, 0
+
+    def update_ema(*args):          # a folder in the file's place, from step 3 to step 9
+        nonlocal count
+        count += 1
+        path = Path("run/metrics.jsonl")
+        if count == 3:
+            path.rename("run/aside")
+            path.mkdir()
+        elif count == 9:
+            path.rmdir()
+            Path("run/aside").rename(path)
+        honest(*args)
+
+    monkeypatch.setattr(train_mnist, "update_ema", update_ema)
+    train("--steps", 12, "--out", "run", "--log-every", 2)
+    assert "metrics.jsonl cannot be written" in capsys.readouterr().err
+    assert rows("run") == rows("straight")
+
+
+# ---------------------------------------------------------------- signals
+
+
+REAL = ("--dataset", "glyphs", "--model", "DiT-Nano/7", "--batch-size", "4", "--save-every", "5",
+        "--log-every", "3", "--preview-every", "10", "--precision", "fp32", "--out", "run")
+
+
+def started(folder, *flags):
+    """A real run in its own process, after its first few steps."""
+    process = command("train_mnist.py", *REAL, *flags, cwd=folder)
+    deadline = time.time() + 120
+    while len(rows(folder / "run")) < 6:
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_names_the_command_that_goes_on(tmp_path, signum, status):
+    process = started(tmp_path, "--steps", 100000)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in err
+    stopped = int(re.search(r"stopped at step ([\d,]+)", out)[1].replace(",", ""))
+    assert "python train_mnist.py --resume --out run" in out
+    state = load(checkpoints_in(tmp_path / "run")[-1])
+    assert state["step"] == stopped == len(rows(tmp_path / "run"))
+    again = command("train_mnist.py", "--resume", "--out", "run", "--stop-after", "2", cwd=tmp_path)
+    out, err = again.communicate(timeout=60)
+    assert again.returncode == 0, err
+    assert [r["step"] for r in rows(tmp_path / "run")] == list(range(1, stopped + 3))
+
+
+def test_a_second_ctrl_c_stops_at_once_without_damage(tmp_path):
+    process = started(tmp_path, "--steps", 100000, "--batch-size", 200)      # slower steps
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped at once" in err and "stopped at step" not in out
+    assert load(checkpoints_in(tmp_path / "run")[-1])["step"] % 5 == 0
+
+
+def test_under_torchrun_a_forwarded_signal_is_no_second_ctrl_c(monkeypatch):
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("stopped at once"))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with StopSignals() as signals:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), signum)
+        assert signals.received == signal.SIGINT
+        monkeypatch.setattr(signals, "_since", time.monotonic() - 5)
+        with pytest.raises(pytest.fail.Exception):
+            os.kill(os.getpid(), signal.SIGINT)         # this one the user meant
+
+
+def test_without_torchrun_sigterm_after_ctrl_c_is_no_second_ctrl_c(monkeypatch):
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("stopped at once"))
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGINT
+
+
+def written(folder) -> dict:
+    return {p.name: p.stat().st_mtime_ns for p in folder.glob("*")}
+
+
+def kill_and_resume(folder, kills: int, seed: int) -> int:
+    """SIGKILL a real run at random moments, resuming it each time; returns the last step. No kill
+    may lose more than the work since the last checkpoint, and each must leave a whole one."""
+    rng, run, last = random.Random(seed), folder / "run", -1
+    for kill in range(kills):
+        before, deadline = written(run), time.time() + 120
+        flags = [*REAL, "--steps", "100000"] if kill == 0 else ["--out", "run", "--resume"]
+        process = command("train_mnist.py", *flags, cwd=folder)
+        while written(run) == before:               # python and torch are still being loaded
+            assert process.poll() is None and time.time() < deadline, process.communicate()
+            time.sleep(0.01)
+        time.sleep(rng.random() * 1.5)
+        process.kill()
+        process.communicate()
+        steps = [load(path)["step"] for path in checkpoints_in(run)]
+        assert max(steps, default=-1) >= last
+        last = max(steps, default=-1)
+    process = command("train_mnist.py", "--resume", "--out", "run", "--stop-after", 3, cwd=folder)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    state = load(checkpoints_in(run)[-1])
+    assert [r["step"] for r in rows(run)] == list(range(1, state["step"] + 1))
+    return state["step"]
+
+
+def equals_straight(folder, steps: int) -> bool:
+    """The killed and resumed run against one that ran straight to the same step."""
+    straight = command("train_mnist.py", *REAL[:-1], "straight", "--steps", "100000",
+                       "--stop-after", steps, cwd=folder)
+    _, err = straight.communicate(timeout=600)
+    assert straight.returncode == 0, err
+    return same_run(folder / "straight", folder / "run")
+
+
+def test_5_kills(tmp_path):
+    assert equals_straight(tmp_path, kill_and_resume(tmp_path, 5, seed=0))
+
+
+@pytest.mark.long
+def test_100_kills(tmp_path):
+    steps = kill_and_resume(tmp_path, 100, seed=1)
+    assert equals_straight(tmp_path, steps)
+    print(f"100 SIGKILLs, 100 resumes: equal to a straight run of {steps} steps, bit for bit")
