@@ -88,10 +88,10 @@ def read_archive(path: Path) -> object:
         if not zipfile.is_zipfile(path):
             raise UserError(f"{name} is no checkpoint: not a zip archive as torch.save writes it, "
                             f"or cut short (bare pickles are not read, for they can run code)")
-        with zipfile.ZipFile(path) as archive:
-            _check_archive(archive, os.path.getsize(path))
-        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(), torch.serialization.safe_globals([Namespace]):
+            warnings.simplefilter("ignore")         # one line, and it is ours
+            with zipfile.ZipFile(path) as archive:
+                _check_archive(archive, os.path.getsize(path))
             return torch.load(path, map_location="cpu", weights_only=True)
     except _Wrong as wrong:
         raise UserError(f"{name} is refused: {printable(wrong)}") from None

@@ -264,6 +264,16 @@ def test_without_data_and_network_the_files_are_named(spec, files, tmp_path, mon
     assert socket.getdefaulttimeout() is None
 
 
+def test_what_torchvision_prints_is_kept_back(tmp_path, monkeypatch, capsys):
+    def download(self):
+        print("Failed to download (trying next):\n")
+        raise EOFError
+    monkeypatch.setattr(datasets.MNIST, "download", download)
+    assert "(EOFError)" in refused(data.load, "mnist", tmp_path)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
 def test_only_the_missing_file_is_asked_for(idx, monkeypatch):
     offline(monkeypatch)
     (idx / "train-labels-idx1-ubyte").unlink()
@@ -325,6 +335,7 @@ def test_a_server_that_misbehaves_ends_the_download(answer, tmp_path, monkeypatc
         over.set()
         listener.close()
     assert "cannot be downloaded" in line and time.monotonic() - begun < 8
+    assert "timed out" in line or answer != "silence"
     assert not (tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte").exists()
 
 
