@@ -135,8 +135,9 @@ class Ranks:
         if batch_size % parts:
             low = batch_size // parts * parts
             near = [b for b in (low, low + parts) if b > 0]
-            raise UserError(f"--batch-size {batch_size} is not divisible by {self.world} processes"
-                            f" x --grad-accum {grad_accum}: {' or '.join(map(str, near))} is")
+            raise UserError(f"--batch-size {batch_size} cannot be shared evenly by {self.world} "
+                            f"processes x --grad-accum {grad_accum}: "
+                            f"{' or '.join(map(str, near))} can")
 
     def mean(self, x: Tensor) -> Tensor:
         if self.world > 1:
