@@ -1,0 +1,286 @@
+"""The sampling script: noise that belongs to the image, what the flags mean, what is refused."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoints
+import sample
+from cli import UserError
+from conftest import ROOT, command, load
+from sample import ImageNoise, parse_label
+
+NAMES = ["cat", "3", "seven", "10"]
+CELL = 58                                   # a 28-pixel digit, twice as large, and its gap
+
+
+def run(*flags) -> int:
+    return sample.main([str(f) for f in flags])
+
+
+def arrays(*flags) -> tuple[np.ndarray, np.ndarray]:
+    """What --npz writes."""
+    path = Path(f"{len(list(Path().glob('*.npz')))}.npz")
+    assert run(*flags, "--npz", path) == 0
+    file = np.load(path)
+    return file["arr_0"], file["arr_1"]
+
+
+@pytest.fixture
+def lively(train):
+    """A checkpoint whose samples depend on the label, the weights and the guidance."""
+    assert train("--steps", 30, "--lr", 0.01, "--muon-lr", 0.1, "--out", "run") == 0
+    return Path("run/step_0000030.pt").resolve()
+
+
+# ---------------------------------------------------------------- noise
+
+
+def test_the_noise_of_an_image_depends_on_seed_and_place_alone():
+    whole = ImageNoise(0, 0, 100, (1, 4, 4))("T")
+    assert whole.shape == (100, 1, 4, 4)
+    for first, last in [(0, 1), (15, 17), (16, 32), (37, 99)]:
+        assert torch.equal(ImageNoise(0, first, last, (1, 4, 4))("T"), whole[first:last])
+    others = [ImageNoise(1, 0, 100, (1, 4, 4))("T"), ImageNoise(0, 0, 100, (1, 4, 4))(5),
+              ImageNoise(0, 0, 100, (1, 4, 4))(6), whole]
+    flat = torch.cat(others).flatten(1)
+    assert len(torch.unique(flat, dim=0)) == 400            # no two images share their noise
+    assert abs(flat.mean()) < 0.05 and abs(flat.std() - 1) < 0.05
+
+
+@pytest.mark.parametrize("flags", [
+    ("--steps", 5), ("--steps", 5, "--eta", 1), ("--sampler", "ddpm")])
+def test_an_image_is_the_same_whatever_the_batch_size_and_the_rest_of_the_grid(lively, flags):
+    base = (lively, "--seed", 4, *flags)
+    images, labels = arrays(*base, "--labels", 3, 7, 1, "--per-class", 3)
+    assert labels.tolist() == [3, 3, 3, 7, 7, 7, 1, 1, 1]
+    split, _ = arrays(*base, "--labels", 3, 7, 1, "--per-class", 3, "--batch-size", 2)
+    fewer, _ = arrays(*base, "--labels", 3, "--per-class", 3)
+    for other in (split, fewer):
+        assert np.abs(images[:len(other)].astype(int) - other).max() <= 1
+    assert np.abs(images[:3].astype(int) - images[3:6]).max() > 1
+    elsewhere, _ = arrays(lively, "--seed", 5, *flags, "--labels", 3, "--per-class", 3)
+    assert np.abs(images[:3].astype(int) - elsewhere).max() > 1
+
+
+# ---------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize("text, index", [
+    ("cat", 0), ("3", 1),           # an exact name first, although index 3 exists
+    ("seven", 2), ("three", 1), ("THREE", 1), ("ten", None), ("10", 3), ("0", 0), ("2", 2),
+    ("4", None), ("-1", None), ("dog", None), ("", None), ("²", None), ("1\n", None),
+])
+def test_labels_are_names_then_number_words_then_indices(text, index):
+    if index is None:
+        with pytest.raises(UserError, match="is not a class of this model"):
+            parse_label(text, NAMES)
+    else:
+        assert parse_label(text, NAMES) == index
+
+
+def test_class_names_from_a_file_are_printed_safely():
+    with pytest.raises(UserError) as caught:
+        parse_label("x", ["\x1b[2Jevil\n", "b"])
+    assert "\x1b" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- which checkpoint
+
+
+def test_the_newest_checkpoint_is_taken(checkpoint, capsys):
+    for name, age in [("001-a", 10), ("002-b", 5)]:
+        Path("output", name).mkdir(parents=True)
+        target = shutil.copy(checkpoint, f"output/{name}/step_0000003.pt")
+        now = Path(target).stat().st_mtime
+        os.utime(target, (now - age, now - age))
+    assert run("--steps", 2) == 0
+    out = capsys.readouterr().out
+    assert "output/002-b/step_0000003.pt" in out and "output/samples-001.png" in out
+    assert run("output/001-a", "--steps", 2) == 0           # a folder: its newest
+    assert "output/001-a/step_0000003.pt" in capsys.readouterr().out
+
+
+def test_without_a_run_the_checkpoint_that_ships_is_used_and_named(
+        checkpoint, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree("output", ignore_errors=True)
+    monkeypatch.setattr(sample, "SHIPPED", tmp_path / "assets" / "mnist.pt")
+    with pytest.raises(UserError, match="no checkpoint under output/: train one"):
+        run()
+    checkpoints.save(sample.SHIPPED, checkpoints.shared(load(checkpoint)))
+    assert run("--steps", 2) == 0
+    assert "the checkpoint that ships" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not (ROOT / "assets" / "mnist.pt").is_file(), reason="no checkpoint ships")
+def test_the_checkpoint_that_ships_is_small_and_samples(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / "assets" / "mnist.pt"
+    assert path.stat().st_size < 8e6
+    state = checkpoints.load(path)
+    assert set(state) == {"format", "step", "config", "class_names", "ema"}
+    assert all(w.dtype == torch.float16 for w in state["ema"].values())
+    assert run("--labels", "three", "--steps", 10, "--out", "3.png") == 0
+
+
+# ---------------------------------------------------------------- flags
+
+
+def test_grids_have_a_row_per_label_and_are_near_square_with_one_each(checkpoint):
+    def size(*flags):
+        assert run(checkpoint, "--steps", 1, "--force", "--out", "x.png", *flags) == 0
+        width, height = Image.open("x.png").size
+        return (width - 2) / CELL, (height - 2) / CELL
+
+    assert size() == (10, 10)
+    assert size("--per-class", 3) == (3, 10)
+    assert size("--labels", 3, 1, "four", "seven") == (2, 2)
+    assert size("--labels", 3, 1, 4, 7, 9) == (3, 2)
+    assert size("--labels", 3, 1, "--per-class", 5) == (5, 2)
+
+
+def test_several_guidances_make_a_labelled_grid_each(lively):
+    flags = (lively, "--steps", 3, "--labels", 1, 2, 3, 4)
+    run(*flags, "--cfg-scale", 0, 1, 4, "--out", "three.png")
+    run(*flags, "--cfg-scale", 4, "--out", "four.png")
+    three, four = Image.open("three.png"), Image.open("four.png")
+    assert three.size == (3 * four.width, four.height + 18)
+    last = three.crop((2 * four.width, 18, three.width, three.height))
+    assert np.array_equal(np.asarray(last), np.asarray(four))
+    title = np.asarray(three.crop((0, 0, four.width, 18)))
+    assert title.max() > 200                                # written above each
+    pictures = [np.asarray(three.crop((i * four.width, 18, (i + 1) * four.width, three.height)))
+                for i in range(3)]
+    assert not np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[1], pictures[2])
+
+
+def test_sampler_steps_eta_weights_and_seed_change_the_images(lively):
+    base = (lively, "--labels", 3, "--per-class", 4)
+    seen = [arrays(*base, *flags)[0] for flags in [
+        (), ("--steps", 5), ("--steps", 5, "--eta", 0.5), ("--sampler", "ddpm"),
+        ("--weights", "model"), ("--seed", 1), ("--cfg-scale", 1)]]
+    assert len({a.tobytes() for a in seen}) == len(seen)
+    assert np.array_equal(arrays(*base, "--device", "cpu", "--sampler", "ddim")[0], seen[0])
+
+
+def test_the_checkpoint_says_how_it_wants_to_be_sampled(lively):
+    config = load(lively)["config"]["sampling"]
+    base = (lively, "--labels", 3)
+    explicit = arrays(*base, "--sampler", config["sampler"], "--steps", config["steps"], "--eta",
+                      config["eta"], "--cfg-scale", config["cfg_scale"])
+    assert np.array_equal(arrays(*base)[0], explicit[0])
+
+
+def test_arrays_are_those_of_the_published_evaluation_suites(checkpoint):
+    images, labels = arrays(checkpoint, "--steps", 1, "--labels", 5, 0, "--per-class", 2)
+    assert images.shape == (4, 28, 28, 1) and images.dtype == np.uint8
+    assert labels.tolist() == [5, 5, 0, 0]
+    assert not Path("output").exists()                      # --npz alone draws no grid
+    run(checkpoint, "--steps", 1, "--labels", 5, 0, "--per-class", 2, "--npz", "b.npz", "--out",
+        "b.png")
+    top_left = np.asarray(Image.open("b.png"))[2:58:2, 2:58:2, 0]
+    assert np.array_equal(top_left, images[0, :, :, 0])
+
+
+def test_a_gif_moves_from_noise_to_the_sample(lively):
+    run(lively, "--labels", 3, 1, "--steps", 6, "--batch-size", 1, "--gif", "a.gif", "--out", "a.png")
+    film, last = Image.open("a.gif"), Image.open("a.png")
+    assert film.n_frames == 6 and film.size == last.size
+    film.seek(5)
+    assert np.abs(np.asarray(film.convert("RGB")).astype(int) - np.asarray(last)).mean() < 4
+    run(lively, "--sampler", "ddpm", "--labels", 3, "--gif", "b.gif")
+    assert Image.open("b.gif").n_frames == 48
+
+
+def test_a_strip_shows_xt_over_x0_hat(lively):
+    run(lively, "--labels", 3, 1, "--steps", 20, "--batch-size", 1, "--trajectory", "t.png",
+        "--out", "a.png")
+    strip, first = np.asarray(Image.open("t.png")), np.asarray(Image.open("a.png"))
+    assert strip.shape == (18 + 2 * CELL + 2, 10 * CELL + 2, 3)
+    xt, x0_hat = (strip[18 + 2 + r * CELL:][:56, 2 + 9 * CELL:][:, :56] for r in (0, 1))
+    assert np.array_equal(xt, first[2:58, 2:58]) and np.array_equal(x0_hat, xt)
+    start = strip[20:76, 2:58]
+    assert start.std() > 80                                 # pure noise, clipped
+
+
+def test_default_names_are_numbered_and_nothing_is_overwritten(checkpoint):
+    for _ in range(2):
+        run(checkpoint, "--steps", 1)
+    assert sorted(p.name for p in Path("output").iterdir()) == ["samples-001.png", "samples-002.png"]
+    for flag, name in [("--out", "x.png"), ("--gif", "x.gif"), ("--npz", "x.npz"),
+                       ("--trajectory", "y.png")]:
+        Path(name).write_text("precious")
+        with pytest.raises(UserError, match=f"{name} exists: --force"):
+            run(checkpoint, "--steps", 1, flag, name)
+        assert Path(name).read_text() == "precious"
+        assert run(checkpoint, "--steps", 1, flag, name, "--force") == 0
+        assert Path(name).read_bytes() != b"precious"
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--labels", "eleven"], ["eleven", "0, 1, 2"]),
+    (["--labels", "10"], ["10"]),
+    (["--sampler", "ddpm", "--steps", "50"], ["all 1000", "--sampler ddim --eta 1 --steps 50"]),
+    (["--sampler", "ddpm", "--eta", "1"], ["--eta"]),
+    (["--steps", "1001"], ["1001", "1000"]),
+    (["--steps", "0"], ["--steps", "at least 1"]),
+    (["--per-class", "0"], ["--per-class", "at least 1"]),
+    (["--batch-size", "0"], ["--batch-size"]),
+    (["--eta", "2"], ["--eta"]),
+    (["--cfg-scale", "nan"], ["--cfg-scale"]),
+    (["--cfg-scale", "1", "2", "--npz", "n.npz"], ["--npz", "one --cfg-scale"]),
+    (["--out", "grid.jpg"], ["grid.jpg", ".png"]),
+    (["--gif", "a.png"], ["a.png", ".gif"]),
+    (["--npz", "a.npy"], ["a.npy", ".npz"]),
+    (["--out", "run"], ["run", ".png"]),
+    (["--out", "file/x.png"], ["file/x.png"]),
+    (["--device", "tpu"], ["--device tpu"]),
+    (["--lables", "3"], ["--lables", "--labels"]),
+    (["--seed", "-1"], ["--seed"]),
+])
+def test_a_mistake_is_one_line_and_writes_nothing(checkpoint, flags, words, tmp_path):
+    Path("file").write_text("")
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        run(checkpoint, *flags)
+    message = str(caught.value)
+    assert caught.value.status == 2 and "\n" not in message
+    assert all(word in message for word in words), message
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_shared_checkpoint_has_the_ema_alone(checkpoint):
+    checkpoints.save(Path("shared.pt"), checkpoints.shared(load(checkpoint)))
+    assert run("shared.pt", "--steps", 1) == 0
+    with pytest.raises(UserError, match="holds no 'model' weights"):
+        run("shared.pt", "--weights", "model")
+
+
+def test_files_that_are_no_checkpoint(checkpoint):
+    Path("notes.pt").write_text("hello")
+    for name in ("notes.pt", "missing.pt"):
+        with pytest.raises(UserError, match=name):
+            run(name)
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no checkpoint"):
+        run("empty")
+
+
+def test_the_command_exits_with_2_and_one_line(tmp_path):
+    process = command("sample.py", "missing.pt", cwd=tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and out == ""
+    assert err.count("\n") == 1 and err.startswith("error: missing.pt")
+
+
+def test_every_flag_is_in_a_test():
+    text = Path(__file__).read_text()
+    for action in sample.parser()._actions:
+        assert action.dest in ("help", "checkpoint") or f'"{action.option_strings[-1]}"' in text
