@@ -3,9 +3,11 @@
 import argparse
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
@@ -25,12 +27,13 @@ MODEL = dict(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=2,
 
 
 def refused(call, *args, **options) -> str:
-    """The one line with which a call refuses what it was given."""
+    """The one line with which a call refuses what it was given, but for the test's own folder,
+    whose name could hold the word that is looked for."""
     with pytest.raises(UserError) as caught:
         call(*args, **options)
     line = str(caught.value)
     assert line.isprintable() and len(line) < 1000, line
-    return line
+    return re.sub(r"\S*/test_[^/\s]*/", "", line)
 
 
 def optimizers_of(model: DiT) -> list[torch.optim.Optimizer]:
@@ -429,9 +432,11 @@ def test_a_config_that_contains_itself_is_refused(path):
     assert "plain values" in refused(checkpoints.load, path)
 
 
-def test_a_torchscript_archive_is_refused_without_a_warning(path, capfd):
-    refused(checkpoints.load, rewritten(path, {"constants.pkl": b"\x80\x02]."}))
-    assert capfd.readouterr().err == ""
+def test_a_torchscript_archive_is_refused_without_a_warning(path):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        refused(checkpoints.load, rewritten(path, {"constants.pkl": b"\x80\x02]."}))
+    assert not seen
 
 
 # ---------------------------------------------------------------- optimizers
