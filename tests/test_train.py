@@ -148,13 +148,13 @@ def test_record_reads_nothing_from_the_device(train, monkeypatch):
 CHANGES = {     # flags that change what the steps compute, each with a value that is no default
     "model": "DiT-Nano/7", "prediction": "x0", "label_dropout": 0.9, "batch_size": 4,
     "optimizer": "adamw", "lr": 0.05, "muon_lr": 0.5, "warmup": 4, "decay": 1.0, "clip": 0.01,
-    "weight_decay": 2.0, "seed": 5, "precision": "fp32", "image_size": 14, "steps": 5,
+    "weight_decay": 2.0, "seed": 5, "precision": "fp32", "image_size": 14,
 }
 KEEPS = {       # flags that do not
     "log_every": 2, "preview_every": 2, "save_every": 1, "keep": 1, "data_dir": "elsewhere",
     "stop_after": 4, "device": "cpu", "ema_decay": 0.5, "out": "run2",
 }
-ELSEWHERE = {"help", "dataset", "resume", "init_from", "grad_accum", "compile"}
+ELSEWHERE = {"help", "dataset", "steps", "resume", "init_from", "grad_accum", "compile"}
 
 
 def test_every_flag_is_in_a_test():
