@@ -237,7 +237,8 @@ def main(argv: list[str] | None = None) -> int:
     film = Film(how["steps"]) if a.gif or a.trajectory else None
     pictures = []
     with tqdm(total=sum(map(len, chunks)) * how["steps"] * len(scales), desc="sampling",
-              unit="image-step", unit_scale=True, dynamic_ncols=True, disable=ranks.rank > 0) as bar:
+              unit="image-step", unit_scale=True, dynamic_ncols=True,
+              disable=ranks.rank > 0) as bar:
         for scale in scales:
             parts = [part for chunk in chunks for part in sample(
                 model, diffusion, y[chunk], a.seed, scale, **options, batch_size=a.batch_size,

@@ -152,7 +152,9 @@ def test_augment_moves_and_leaves_the_border_black():
     x[:, :, 10:18, 10:18] = 1.0
     moved = rulers.augment(x, torch.Generator().manual_seed(0))
     assert moved.shape == x.shape and moved.min() >= -1.0001 and (moved[:, :, 0] == -1).all()
-    assert (moved != x).flatten(1).any(dim=1).all() and not torch.equal(moved[0], moved[1])
+    light = (moved + 1) / (moved + 1).sum((2, 3), keepdim=True)
+    centre = (light * (torch.arange(28.0) - 13.5)).sum((1, 2, 3))       # in columns, each its own
+    assert 1 < centre.abs().max() <= 2 and len(set(centre.tolist())) == 8
 
 
 # ---------------------------------------------------------------- the command, on small glyphs
@@ -252,6 +254,28 @@ def test_the_mix_of_classes_costs_nothing():
     assert np.allclose(covariance, even.moments[1], rtol=0.02, atol=0.02 * covariance.max())
 
 
+def test_one_row(monkeypatch):
+    """Its numbers are those of its own images, and the training set's part is not in the rest."""
+    def seen(seed: int, count: int):
+        labels = np.arange(count) % 2
+        guesses = labels * (np.arange(count) % 4 == 1)          # half of the ones taken for zeros
+        images = torch.arange(count).view(-1, 1, 1, 1)
+        return evaluate.Seen(images, labels, features(seed, count), guesses)
+    x, train, test = seen(1, 40), seen(2, 100), seen(3, 30)
+    rows = evaluate.contenders(x, {"train": train, "test": test}, seed=0)
+    assert [len(rows[name][0]) for name in evaluate.ROWS] == [40, 30, 40]
+    part, rest = (set(x.images.flatten().tolist()) for x in rows["train"])
+    assert part | rest == set(range(100)) and not part & rest
+    found = evaluate.measure(x, train, ["a", "b"], seed=0, even=True)
+    assert found["accuracy_per_class"] == {"a": 1.0, "b": 0.5} and found["accuracy"] == 0.75
+    assert found["guessed_per_class"] == {"a": 0.75, "b": 0.25}
+    reference = train.features[evaluate.shuffled(100, 0, "reference")[:40]]
+    assert found["recall"] == rulers.neighbour_metrics(x.features, reference)["recall"]
+    monkeypatch.setattr(evaluate, "MOST_NEIGHBOURS", 20)
+    fewer = evaluate.measure(x, train, ["a", "b"], seed=0, even=True)
+    assert fewer["density"] == rulers.neighbour_metrics(x.features[:20], reference[:20])["density"]
+
+
 def test_copies_of_training_images_show(world, tmp_path):
     train = some("train", world)
     file = npz(tmp_path / "x.npz", train.images[:40])
@@ -287,23 +311,28 @@ def test_folders_of_pictures(world, tmp_path):
 
 def test_cached_statistics(world, tmp_path, monkeypatch):
     glyphs = some("test", world)
-    file = npz(tmp_path / "x.npz", glyphs.images, glyphs.labels)
-    first = run(tmp_path, file, *of(world))
+    samples = npz(tmp_path / "x.npz", glyphs.images, glyphs.labels)
+    first = run(tmp_path, samples, *of(world))
     (cache,) = (world / "data").glob("ruler-stats-*.npz")
     whole, looked, look = cache.read_bytes(), [], rulers.look
     monkeypatch.setattr(rulers, "look", lambda ruler, images, desc:
                         looked.append(desc) or look(ruler, images, desc))
-    assert run(tmp_path, file, *of(world)) == first and looked == ["samples"]
+    assert run(tmp_path, samples, *of(world)) == first and looked == ["samples"]
     middle = len(whole) // 2
     for damaged in (whole[:middle], b"", whole[:middle] + bytes([whole[middle] ^ 255]) +
                     whole[middle + 1:]):
         cache.write_bytes(damaged)
-        assert run(tmp_path, file, *of(world)) == first and len(looked) == 4
+        assert run(tmp_path, samples, *of(world)) == first and len(looked) == 4
         looked[:] = ["samples"]
         assert cache.read_bytes() == whole
+    with np.load(cache) as file:
+        arrays = dict(file)
+    for wrong in (arrays["features_train"] * np.nan, arrays["features_train"][1:]):
+        np.savez(cache, **(arrays | {"features_train": wrong}))
+        assert run(tmp_path, samples, *of(world)) == first
     cache.unlink()
     monkeypatch.setattr(evaluate, "atomic_write", fail)
-    assert evaluate.main([file, *of(world)]) == 0 and not cache.exists()
+    assert evaluate.main([samples, *of(world)]) == 0 and not cache.exists()
 
 
 def fail(*_):

@@ -142,8 +142,8 @@ def torchrun(folder, *words) -> subprocess.Popen:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
-LONG = (str(ROOT / "train_mnist.py"), "--dataset", "glyphs", "--model", "DiT-Nano/7", "--batch-size",
-        "4", "--log-every", "2", "--steps", "100000", "--out", "run")
+LONG = (str(ROOT / "train_mnist.py"), "--dataset", "glyphs", "--model", "DiT-Nano/7",
+        "--batch-size", "4", "--log-every", "2", "--steps", "100000", "--out", "run")
 
 
 def running(folder, process) -> None:
@@ -172,7 +172,8 @@ def test_torchrun_one_ranks_death_ends_all(tmp_path):
         process.kill()
         pytest.skip("needs /proc to find the ranks")
     ranks = [int(pid) for pid in children.read_text().split()]
-    victim = [pid for pid in ranks if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    victim = [pid for pid in ranks
+              if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
     os.kill(victim[0], signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode != 0

@@ -190,7 +190,8 @@ def test_arrays_are_those_of_the_published_evaluation_suites(checkpoint):
 
 
 def test_a_gif_moves_from_noise_to_the_sample(lively):
-    run(lively, "--labels", 3, 1, "--steps", 6, "--batch-size", 1, "--gif", "a.gif", "--out", "a.png")
+    run(lively, "--labels", 3, 1, "--steps", 6, "--batch-size", 1, "--gif", "a.gif",
+        "--out", "a.png")
     film, last = Image.open("a.gif"), Image.open("a.png")
     assert film.n_frames == 6 and film.size == last.size
     film.seek(5)
@@ -213,7 +214,8 @@ def test_a_strip_shows_xt_over_x0_hat(lively):
 def test_default_names_are_numbered_and_nothing_is_overwritten(checkpoint):
     for _ in range(2):
         run(checkpoint, "--steps", 1)
-    assert sorted(p.name for p in Path("output").iterdir()) == ["samples-001.png", "samples-002.png"]
+    names = sorted(p.name for p in Path("output").iterdir())
+    assert names == ["samples-001.png", "samples-002.png"]
     for flag, name in [("--out", "x.png"), ("--gif", "x.gif"), ("--npz", "x.npz"),
                        ("--trajectory", "y.png")]:
         Path(name).write_text("precious")

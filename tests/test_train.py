@@ -189,7 +189,8 @@ def test_flags_that_change_a_step_do_and_the_others_do_not(train, base_losses):
 
 def test_intervals_write_what_they_say(train):
     train("--steps", 8, "--out", "run", "--preview-every", 3, "--save-every", 2, "--keep", 2)
-    assert sorted(p.name for p in Path("run").glob("*.pt")) == ["step_0000006.pt", "step_0000008.pt"]
+    names = sorted(p.name for p in Path("run").glob("*.pt"))
+    assert names == ["step_0000006.pt", "step_0000008.pt"]
     pictures = sorted(Path("run/samples").glob("*.png"))
     assert [p.name for p in pictures] == [f"step_000000{k}.png" for k in (3, 6, 8)]
     assert Image.open(pictures[0]).size == (6 * 58 + 2, 10 * 58 + 2)        # a class per row
