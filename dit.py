@@ -213,7 +213,7 @@ class DiT(nn.Module):
         in_channels: int = 1,
         hidden_size: int = 128,
         depth: int = 4,
-        num_heads: int = 4,
+        num_heads: int = 2,
         mlp_ratio: float = 4.0,
         num_classes: int = 10,
         learn_sigma: bool = False,
@@ -276,7 +276,7 @@ _SIZES = {                              # hidden_size, depth, num_heads
     "B": (768, 12, 12),
     "S": (384, 12, 6),
     "Mini": (256, 6, 4),                # Mini and Nano: this project's, for digits
-    "Nano": (128, 4, 4),
+    "Nano": (128, 4, 2),
 }
 _PATCHES = {"Mini": (2, 4, 7), "Nano": (2, 4, 7)}       # the paper's sizes: 2, 4, 8
 
