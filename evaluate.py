@@ -356,8 +356,6 @@ class Source:
 
 def from_files(a: argparse.Namespace, path: Path, train: data_sets.ImageSet) -> Source:
     """The images in an .npz or a folder, or --images of them, chosen at random."""
-    if not path.exists():
-        raise UserError(f"{printable(path)} does not exist")
     images, labels = read_folder(path, train.class_names) if path.is_dir() else read_npz(path)
     name, count = printable(path), a.images or len(images)
     if not LEAST <= count <= len(images):
@@ -460,6 +458,8 @@ def main(argv: list[str] | None = None) -> int:
         return train_ruler(a, device)
     path = Path(a.images_from) if a.images_from else find_checkpoint(None)
     files = path.suffix.lower() == ".npz" or (path.is_dir() and not checkpoints_in(path))
+    if not path.exists():
+        raise UserError(f"{printable(path)} does not exist")
     check_flags(a, files)
 
     # The images to measure, the real ones, the ruler

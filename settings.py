@@ -13,7 +13,7 @@ from dit import MODELS
 PRESETS = {
     "gpu": dict(model="DiT-Mini/2", steps=12_000, batch_size=256, ema_decay=0.999, warmup=500,
                 log_every=50, preview_every=1000, save_every=1000),
-    "cpu": dict(model="DiT-Nano/4", steps=2_400, batch_size=128, ema_decay=0.995, warmup=100,
+    "cpu": dict(model="DiT-Nano/4", steps=2_200, batch_size=128, ema_decay=0.995, warmup=100,
                 log_every=20, preview_every=300, save_every=300),
 }
 DEFAULTS = dict(

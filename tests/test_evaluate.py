@@ -445,7 +445,7 @@ def test_wrong_files(world, tmp_path):
     good = write(tmp_path / "good.npz", arr_0=np.zeros((12, 28, 28, 1), np.uint8))
     (tmp_path / "bad.npz").write_bytes(Path(good).read_bytes()[:-40])
     says("no .npz file, or damaged", tmp_path / "bad.npz", *of(world))
-    says("does not exist", tmp_path / "none.npz", *of(world))
+    says("does not exist", tmp_path / "none.npz", "--data-dir", tmp_path)   # before any data
     (tmp_path / "empty").mkdir()
     says("holds no images", tmp_path / "empty", *of(world))
     (tmp_path / "empty" / "a.png").write_bytes(b"not a picture")
