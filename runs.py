@@ -225,8 +225,9 @@ class Run:
     def record(self, step: int, *numbers) -> None:
         """Keep this step's numbers (0-dim tensors on the device, or floats) without waiting for
         them, and the first step at which one of the first `finite` was not finite."""
-        row = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=self.ranks.device)
-                           .detach() for n in numbers])
+        row = torch.stack([     # full() fills on the device; a copy from the host would wait for it
+            n.detach().float() if isinstance(n, torch.Tensor) else
+            torch.full((), n, device=self.ranks.device) for n in numbers])
         self.buffer[self.recorded - self.read] = row
         good = row[: self.finite].isfinite().all() | (self.first_bad != NEVER)
         self.first_bad = torch.where(good, self.first_bad, step + 1)

@@ -84,8 +84,9 @@ def recipe_of(s: argparse.Namespace) -> dict:
     return {k: v for k, v in vars(s).items() if k not in ("out", "stop_after", "device")}
 
 
-def parser() -> Parser:
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+def parser(description: str = __doc__) -> Parser:
+    """The flags of train_mnist.py; what is not given is absent from the parsed namespace."""
+    p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                argument_default=argparse.SUPPRESS, allow_abbrev=False)
 
     def add(group, flag: str, text: str, **options) -> None:
@@ -93,6 +94,8 @@ def parser() -> Parser:
         gpu, cpu = ({**DEFAULTS, **PRESETS[d]}.get(key) for d in ("gpu", "cpu"))
         default = gpu if gpu == cpu else f"{gpu} on a GPU, {cpu} on a CPU"
         text += "" if default is None or key == "compile" else f" (default: {default})"
+        if "type" in options:
+            options["metavar"] = {"int": "N", "float": "X"}[options["type"].__name__]
         group.add_argument(flag, help=text.replace("%", "%%"), **options)
 
     count = number(int, 1)
@@ -131,7 +134,7 @@ def parser() -> Parser:
     g = p.add_argument_group("speed")
     add(g, "--precision", "of the matrix products: auto, bf16, fp16 or fp32",
         choices=("auto", "bf16", "fp16", "fp32"))
-    add(g, "--compile", "torch.compile the model (some minutes saved on long runs)",
+    add(g, "--compile", "torch.compile the model; the first step takes a minute (default: off)",
         action=argparse.BooleanOptionalAction)
     g = p.add_argument_group("what is shown and kept")
     add(g, "--log-every", "steps between readings of the loss", type=count)

@@ -109,7 +109,7 @@ def make_optimizers(model: nn.Module, s: argparse.Namespace) -> list[torch.optim
 
 
 def main(argv: list[str] | None = None) -> int:
-    given = vars(parser().parse_args(argv))
+    given = vars(parser(__doc__).parse_args(argv))
     if "resume" in given and "init_from" in given:
         raise UserError("--resume goes on with a run, --init-from starts a new one: give one")
     ranks = Ranks.join(given.get("device"))
