@@ -61,13 +61,16 @@ def keep_last(folder: Path, count: int) -> None:
 
 
 def shared(state: dict) -> dict:
-    """A checkpoint to give away: the EMA weights alone, in half precision. Raises UserError where
-    a weight is too large for it."""
+    """A checkpoint to give away: the EMA weights alone, in half precision, and no path of the
+    machine that made it. Raises UserError where a weight is too large."""
     ema = {name: w.half() for name, w in state["ema"].items()}
     for name, w in ema.items():
         if not w.isfinite().all():
             raise UserError(f"ema[{printable(name)!r}] is too large for half precision")
-    return {**{k: state[k] for k in ("step", "config", "class_names")}, "ema": ema}
+    recipe = dict(state["config"]["recipe"], data_dir="data", dataset=state["config"]["data"].get(
+        "dataset", "unknown"))
+    return dict(step=state["step"], config=dict(state["config"], recipe=recipe),
+                class_names=state["class_names"], ema=ema)
 
 
 # ---------------------------------------------------------------- reading

@@ -42,6 +42,9 @@ def cli(main: Callable[[], int | None]) -> None:
             time.sleep(2)       # where all ranks meet the same error, rank 0 alone tells it
         print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr)
         status = error.status
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory: a smaller --batch-size needs less", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:     # `| head` has seen enough

@@ -36,7 +36,7 @@ import ruler as rulers
 from cli import Parser, UserError, cli, generator, number, printable
 from ranks import Ranks, pick_device
 from runs import atomic_write, checkpoints_in, holds_run
-from sample import check_target, find_checkpoint, parse_label, sample
+from sample import check_target, find_checkpoint, parse_label, sample, sampling_of
 
 LEAST = 10                      # images: the neighbour metrics look at the 5 nearest
 MOST_NEIGHBOURS = 10_000        # images on each side of precision and recall
@@ -395,22 +395,6 @@ def from_checkpoint(a: argparse.Namespace, path: Path, state: dict, device: torc
     return Source(title, about, make, path.parent if holds_run(path.parent) else None)
 
 
-def sampling_of(a: argparse.Namespace, suggested: dict, num_timesteps: int) -> dict:
-    """sampler, steps, eta, cfg_scale: what the flags say, else what the checkpoint suggests."""
-    how = {key: suggested[key] if getattr(a, key) is None else getattr(a, key)
-           for key in ("sampler", "steps", "eta", "cfg_scale")}
-    if how["sampler"] == "ddpm":
-        if a.steps not in (None, num_timesteps):
-            raise UserError(f"ddpm takes all {num_timesteps} steps: for {a.steps} use "
-                            f"--sampler ddim --eta 1 --steps {a.steps}")
-        if a.eta is not None:
-            raise UserError("--eta belongs to --sampler ddim")
-        how["steps"] = num_timesteps
-    elif how["steps"] > num_timesteps:
-        raise UserError(f"--steps {how['steps']}: the process has {num_timesteps}")
-    return how
-
-
 def load_data(a: argparse.Namespace, state: dict | None
               ) -> tuple[dict[str, data_sets.ImageSet], Path]:
     """({"train", "test"}, the data directory): the flags', else the checkpoint's, else MNIST."""
@@ -559,10 +543,4 @@ def parser() -> Parser:
 
 
 if __name__ == "__main__":
-    def entry() -> int:
-        try:
-            return main()
-        except torch.OutOfMemoryError:
-            raise UserError("out of GPU memory: a smaller --batch-size needs less") from None
-
-    cli(entry)
+    cli(main)

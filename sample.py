@@ -147,6 +147,22 @@ def newest_in(folder: Path) -> Path:
     return found[-1]
 
 
+def sampling_of(a: argparse.Namespace, suggested: dict, num_timesteps: int) -> dict:
+    """sampler, steps, eta, cfg_scale: what the flags say, else what the checkpoint suggests."""
+    how = {key: suggested[key] if getattr(a, key) is None else getattr(a, key)
+           for key in ("sampler", "steps", "eta", "cfg_scale")}
+    if how["sampler"] == "ddpm":
+        if a.steps not in (None, num_timesteps):
+            raise UserError(f"ddpm takes all {num_timesteps} steps: for {a.steps} use "
+                            f"--sampler ddim --eta 1 --steps {a.steps}")
+        if a.eta is not None:
+            raise UserError("--eta belongs to --sampler ddim")
+        how["steps"] = num_timesteps
+    elif how["steps"] > num_timesteps:
+        raise UserError(f"--steps {how['steps']}: the process has {num_timesteps}")
+    return how
+
+
 # ---------------------------------------------------------------- the pictures
 
 
@@ -205,22 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     path = find_checkpoint(a.checkpoint)
     state = checkpoints.load(path)
     model, diffusion = checkpoints.build(state, a.weights, ranks.device)
-    how = dict(state["config"]["sampling"])
-    if a.sampler is not None:
-        how["sampler"] = a.sampler
-    if how["sampler"] == "ddpm":
-        if a.steps not in (None, diffusion.num_timesteps):
-            raise UserError(f"ddpm takes all {diffusion.num_timesteps} steps: for {a.steps} use "
-                            f"--sampler ddim --eta 1 --steps {a.steps}")
-        if a.eta is not None:
-            raise UserError("--eta belongs to --sampler ddim")
-        how["steps"] = diffusion.num_timesteps
-    else:
-        how["steps"] = how["steps"] if a.steps is None else a.steps
-        how["eta"] = how["eta"] if a.eta is None else a.eta
-        if how["steps"] > diffusion.num_timesteps:
-            raise UserError(f"--steps {how['steps']}: the process has {diffusion.num_timesteps}")
-    scales = a.cfg_scale or [how["cfg_scale"]]
+    how = sampling_of(a, state["config"]["sampling"], diffusion.num_timesteps)
+    scales = a.cfg_scale or [state["config"]["sampling"]["cfg_scale"]]
 
     # Which images: a row per label
     names = state["class_names"]
@@ -319,10 +321,4 @@ def parser() -> Parser:
 
 
 if __name__ == "__main__":
-    def entry() -> int:
-        try:
-            return main()
-        except torch.OutOfMemoryError:
-            raise UserError("out of GPU memory: a smaller --batch-size needs less") from None
-
-    cli(entry)
+    cli(main)

@@ -258,8 +258,12 @@ def test_a_mistake_is_one_line_and_writes_nothing(checkpoint, flags, words, tmp_
     assert set(tmp_path.rglob("*")) == before
 
 
-def test_a_shared_checkpoint_has_the_ema_alone(checkpoint):
-    checkpoints.save(Path("shared.pt"), checkpoints.shared(load(checkpoint)))
+def test_a_shared_checkpoint_has_the_ema_alone_and_names_no_path(checkpoint, tmp_path):
+    state = load(checkpoint)
+    state["config"]["recipe"]["data_dir"] = str(tmp_path)
+    state["config"]["recipe"]["dataset"] = f"folder:{tmp_path}"
+    checkpoints.save(Path("shared.pt"), checkpoints.shared(state))
+    assert str(tmp_path) not in str(checkpoints.load(Path("shared.pt"))["config"])
     assert run("shared.pt", "--steps", 1) == 0
     with pytest.raises(UserError, match="holds no 'model' weights"):
         run("shared.pt", "--weights", "model")
