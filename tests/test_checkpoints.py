@@ -171,6 +171,8 @@ def test_a_shared_checkpoint_holds_ema_alone_in_half_precision(path):
     state = checkpoints.load(path, full=True)
     small = checkpoints.shared(state)
     assert set(small) == {"step", "config", "class_names", "ema"}
+    state["config"]["recipe"].update(data_dir="/home/me/secret", dataset="folder:/home/me/secret")
+    assert "secret" not in str(checkpoints.shared(state)["config"])
     assert all(w.dtype == torch.float16 for w in small["ema"].values())
     checkpoints.save(path, small)
     model, _ = checkpoints.build(checkpoints.load(path))
@@ -263,6 +265,7 @@ def test_globals_that_weights_do_not_need_are_refused(path, tmp_path, monkeypatc
 def test_pickles_that_make_no_sense_are_refused(path, code):
     line = refused(checkpoints.load, rewritten(path, {"data.pkl": code}))
     assert "damaged" in line or "refused" in line or "not a checkpoint" in line
+    assert ("no sound one" in line) == (code[:2] in (b"r\xff", b"]r", b"]p")), line
 
 
 def edited(path: Path, old: bytes, new: bytes) -> Path:
