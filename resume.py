@@ -88,7 +88,7 @@ def restore(state: dict, model, ema, optimizers: list, scaler) -> int:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         for i, opt in enumerate(optimizers):
-            opt.load_state_dict(state["opt"][i])
+            checkpoints.restore_optimizer(opt, state["opt"].get(i))
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:

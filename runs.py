@@ -116,7 +116,8 @@ def newest_run(parent: Path) -> Path | None:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The step_*.pt of a run folder, oldest step first."""
-    return sorted(p for p in folder.glob("step_*.pt") if re.fullmatch(r"step_\d+\.pt", p.name))
+    found = [p for p in folder.glob("step_*.pt") if re.fullmatch(r"step_\d+\.pt", p.name)]
+    return sorted(found, key=lambda p: int(p.stem[5:]))
 
 
 def newest_checkpoint(parent: Path) -> Path | None:
