@@ -75,12 +75,12 @@ def noised(diffusion: GaussianDiffusion, x0: Tensor, times: list[int], seed: int
 def sheet(rows: list[Tensor], names: list[str], heads: list[str], feet: list[str], group: int
           ) -> Image.Image:
     """Rows of images, float (M, C, H, H) in [-1, 1] (clipped), a name left of each; above each
-    column a head, below it a foot of two lines; a wider gap after every `group` rows."""
+    column a head, below it a foot of one line or more; a wider gap after every `group` rows."""
     side = rows[0].shape[-1]
     zoom = max(1, 84 // side)
     cell, gap, font = max(84, side * zoom), 4, ImageFont.load_default(size=14)
     left = 12 + max(int(font.getlength(name)) for name in names)
-    top, below = 28, 44
+    top, below = 28, 8 + 18 * max(foot.count("\n") + 1 for foot in feet)
     bottom = top + len(rows) * (cell + gap) + (len(rows) - 1) // group * 3 * gap
     picture = Image.new("RGB", (left + len(heads) * (cell + gap), bottom + below), "white")
     draw = ImageDraw.Draw(picture)
@@ -175,7 +175,7 @@ def x0hat(a: argparse.Namespace, device: torch.device) -> Callable[[Path], None]
     names = ["xt"] + [f"x0_hat ({m.name})" for m in models]
     share = models[0].diffusion.alpha_bar.sqrt()
     heads = [f"t = {t}" for t in a.times] + ["x0"]
-    feet = [f"√alpha_bar\n{share[t]:.3f}" for t in a.times] + [""]
+    feet = [f"sqrt of\nalpha_bar\n{share[t]:.3f}" for t in a.times] + [""]
     rows = [block[i] for i in range(len(x0)) for block in blocks]
     return lambda path: save_picture(
         path, sheet(rows, names * len(x0), heads, feet, len(blocks)))
@@ -322,8 +322,8 @@ def read_evaluations(files: list[Path]) -> list[dict]:
         for i, line in enumerate(lines, 1):
             try:
                 result = json.loads(line)
-                if "cfg_scale" not in result:       # of an .npz or a folder
-                    continue
+                if isinstance(result, dict) and "cfg_scale" not in result:
+                    continue                        # of an .npz or a folder
                 row = point_of(result)
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise UserError(f"{printable(file)}, line {i} is no line of evaluate.py") from None
