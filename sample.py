@@ -169,7 +169,7 @@ def sampling_of(a: argparse.Namespace, suggested: dict, num_timesteps: int) -> d
 class Film:
     """A `watch` for `sample` that keeps, as uint8, what the GIF and the strip are made of."""
 
-    def __init__(self, steps: int, stills: int = 48):
+    def __init__(self, steps: int, stills: int = 24):
         self.steps = steps
         self.wanted = set(np.linspace(0, steps - 1, min(stills, steps)).round().astype(int))
         self.seen, self.frames, self.first = 0, {}, []
@@ -195,10 +195,13 @@ def trajectory_strip(frames: list[tuple[int, Tensor, Tensor]], columns: int = 10
 
 
 def animation(frames: list[Image.Image]) -> bytes:
-    """A GIF of the frames, the last one held for two seconds."""
+    """A GIF of the frames, the last one held for two seconds. Noise compresses badly: 16 colours
+    where all is grey, else 128."""
+    grey = frames[-1].convert("HSV").getchannel("S").getextrema() == (0, 0)
+    frames = [frame.quantize(16 if grey else 128, dither=Image.Dither.NONE) for frame in frames]
     out = io.BytesIO()
     frames[0].save(out, format="GIF", save_all=True, append_images=frames[1:], loop=0,
-                   duration=[60] * (len(frames) - 1) + [2000])
+                   duration=[120] * (len(frames) - 1) + [2000])
     return out.getvalue()
 
 
