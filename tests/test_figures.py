@@ -151,9 +151,14 @@ def test_the_blocks_texts_do_not_overlap_and_all_six_vectors_are_named(drawn, tm
     canvas.draw()
     texts = [t for t in figure.axes[0].texts if t.get_text()]
     boxes = [t.get_window_extent(canvas.get_renderer()) for t in texts]
+    frames = [patch.get_window_extent() for patch in figure.axes[0].patches]
+    assert len(frames) == 12
     for i, box in enumerate(boxes):
         assert figure.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
         assert not any(box.overlaps(other) for other in boxes[:i]), texts[i].get_text()
+        for frame in frames:                        # in a box or out of it, never across its edge
+            inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
+            assert inside or not box.overlaps(frame), texts[i].get_text()
     words = " ".join(t.get_text() for t in texts)
     for name in ("shift", "scale", "gate"):
         assert f"{name}_attn" in words and f"{name}_mlp" in words
