@@ -348,8 +348,8 @@ def test_a_record_that_cannot_be_written_is_kept_until_it_can(train, monkeypatch
 
 
 REAL = ("--dataset", "folder:pets", "--image-size", "28", "--model", "DiT-Nano/7", "--precision",
-        "fp32", "--batch-size", "4", "--save-every", "5", "--log-every", "3", "--preview-every", "10",
-        "--out", "run")
+        "fp32", "--batch-size", "4", "--save-every", "5", "--log-every", "3", "--preview-every",
+        "10", "--out", "run")
 
 
 def pets(folder) -> None:
