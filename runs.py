@@ -5,6 +5,7 @@ and two calls, `run.record(...)` and `run.after(...)`. Not needed to understand 
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -270,14 +271,12 @@ class Run:
             return
         path = self.folder / "metrics.jsonl"
         try:
-            with open(path, "ab") as file:
+            rows = ("\n".join(self.unwritten) + "\n").encode()
+            with open(path, "ab", buffering=0) as file:
                 whole = file.tell()
-                try:
-                    file.write(("\n".join(self.unwritten) + "\n").encode())
-                    file.flush()
-                except OSError:
-                    os.truncate(path, whole)        # no half a line
-                    raise
+                if file.write(rows) < len(rows):            # the disk is full: no half a line
+                    file.truncate(whole)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.unwritten = []
         except OSError as error:
             self.ranks.warn(f"{path} cannot be written ({error.strerror}): training goes on, the "

@@ -22,7 +22,7 @@ import train_mnist
 from cli import UserError
 from conftest import FAST, TINY, command, load, tensors_equal
 from dit import DiT
-from runs import StopSignals, checkpoints_in, lock_folder, read_metrics
+from runs import Run, StopSignals, checkpoints_in, lock_folder, read_metrics
 
 STATE = ("step", "class_names", "ema", "model", "opt", "scaler")
 
@@ -339,6 +339,27 @@ def test_a_record_that_cannot_be_written_is_kept_until_it_can(train, monkeypatch
         honest(*args)
 
     monkeypatch.setattr(train_mnist, "update_ema", update_ema)
+    train("--steps", 12, "--out", "run", "--log-every", 2)
+    assert "metrics.jsonl cannot be written" in capsys.readouterr().err
+    assert rows("run") == rows("straight")
+
+
+def test_half_a_row_is_never_left(train, monkeypatch, capsys):
+    train("--steps", 12, "--out", "straight", "--log-every", 2)
+    before, count, honest = resource.getrlimit(resource.RLIMIT_FSIZE), 0, Run._write_rows
+
+    def write_rows(self):           # room for 30 bytes more
+        nonlocal count
+        count += 1
+        if count == 2:
+            size = Path("run/metrics.jsonl").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 30, before[1]))
+        honest(self)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        text = Path("run/metrics.jsonl").read_text()
+        assert text.endswith("}\n") and text.count("{") == text.count("}")
+
+    monkeypatch.setattr(Run, "_write_rows", write_rows)
     train("--steps", 12, "--out", "run", "--log-every", 2)
     assert "metrics.jsonl cannot be written" in capsys.readouterr().err
     assert rows("run") == rows("straight")
