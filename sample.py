@@ -297,7 +297,8 @@ def parser() -> Parser:
     g = p.add_argument_group("what")
     g.add_argument("--labels", nargs="+", metavar="LABEL", help="class names, number words or "
                    "indices, a row each (default: the first ten classes)")
-    g.add_argument("--per-class", type=count, metavar="N", help="images per label (default: 10, or "
+    g.add_argument("--per-class", type=number(int, 1, 1_000_000), metavar="N",
+                   help="images per label (default: 10, or "
                    "1 with --labels; with 1 the grid is near-square)")
     g.add_argument("--seed", type=number(int, 0), default=0, help="of the noise (default: 0)")
     g = p.add_argument_group("how (default: what the checkpoint suggests)")

@@ -120,7 +120,7 @@ def parser(description: str = __doc__) -> Parser:
     add(g, "--prediction", "what the output means: eps, v or x0", choices=PREDICTIONS)
     add(g, "--label-dropout", "share of labels replaced by \"no class\"", type=number(float, 0, 1))
     g = p.add_argument_group("recipe")
-    add(g, "--batch-size", "images per step, over all processes", type=count)
+    add(g, "--batch-size", "images per step, over all processes", type=number(int, 1, 2**20))
     add(g, "--grad-accum", "parts a batch is computed in: the same update, less memory", type=count)
     add(g, "--optimizer", "muon (with AdamW for what it cannot take) or adamw",
         choices=("muon", "adamw"))
@@ -137,7 +137,7 @@ def parser(description: str = __doc__) -> Parser:
     add(g, "--compile", "torch.compile the model; the first step takes a minute (default: off)",
         action=argparse.BooleanOptionalAction)
     g = p.add_argument_group("what is shown and kept")
-    add(g, "--log-every", "steps between readings of the loss", type=count)
+    add(g, "--log-every", "steps between readings of the loss", type=number(int, 1, 100_000))
     add(g, "--preview-every", "steps between sample grids", type=count)
     add(g, "--save-every", "steps between checkpoints", type=count)
     add(g, "--keep", "checkpoints kept, the newest ones", type=count)
