@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import data as data_sets
 import train_mnist
-from cli import Parser, UserError, cli, number
+from cli import BATCH, COUNT, Parser, UserError, cli, number
 from diffusion import GaussianDiffusion
 from dit import MODELS, DiT
 from ranks import Ranks, check_compiler, pick_device, pick_precision
@@ -233,14 +233,13 @@ def benchmark_sampling(a: argparse.Namespace, s: argparse.Namespace, device: tor
 def parser() -> Parser:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                allow_abbrev=False)
-    count = number(int, 1)
     p.add_argument("--model", choices=MODELS, metavar="NAME", help="a name of dit.MODELS (default: "
                    "the device's preset)")
-    p.add_argument("--batch-size", type=count, help="images per step (default: the preset's)")
+    p.add_argument("--batch-size", type=BATCH, help="images per step (default: the preset's)")
     p.add_argument("--optimizer", choices=("muon", "adamw"), help="(default: the preset's)")
-    p.add_argument("--rounds", type=count, default=10, help="how often every variant is timed "
+    p.add_argument("--rounds", type=COUNT, default=10, help="how often every variant is timed "
                    "(default: 10)")
-    p.add_argument("--steps-per-round", type=count, default=10, metavar="N", help="training steps "
+    p.add_argument("--steps-per-round", type=COUNT, default=10, metavar="N", help="training steps "
                    "that are timed as one (default: 10)")
     p.add_argument("--compile", action="store_true", help="each variant with torch.compile, too")
     p.add_argument("--sample", type=number(int, 1, train_mnist.DIFFUSION["num_timesteps"]),
@@ -251,10 +250,4 @@ def parser() -> Parser:
 
 
 if __name__ == "__main__":
-    def entry() -> int:
-        try:
-            return main()
-        except torch.OutOfMemoryError:
-            raise UserError("out of GPU memory: a smaller --batch-size needs less") from None
-
-    cli(entry)
+    cli(main)

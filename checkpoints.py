@@ -189,6 +189,9 @@ def _valid(state: object, path: Path, full: bool) -> dict:
     if state["format"] != FORMAT:
         raise UserError(f"{name} has format {printable(state['format'])}; this version reads "
                         f"{FORMAT}")
+    if full and "opt" not in state and "model" not in state:
+        raise UserError(f"{name} was made to be shared and holds 'ema' alone, nothing to resume: "
+                        f"--init-from {name} starts a new run from its weights")
     try:
         model = _checked_config(state)
         for key in ("ema", "model") if full or "model" in state else ("ema",):

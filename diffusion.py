@@ -4,8 +4,8 @@ Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models" (DDPM), arXiv 2006
 
     forward    xt = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps     DDPM eq. 4    q_sample
     learn      || target - model(xt, t, y) ||^2                      DDPM eq. 14   loss
-    estimate   x0_hat = (xt - sqrt(1 - alpha_bar) eps_hat)           DDPM eq. 15   predict_x0
-                        / sqrt(alpha_bar)
+    estimate   x0_hat = (xt - sqrt(1 - alpha_bar) eps_hat)           DDPM eq. 15   predict_x0,
+                        / sqrt(alpha_bar), or its form for v and x0                PREDICTIONS
     step back  q(x_{t-1} | xt, x0) = N(mean, variance)               DDPM eq. 6-7  q_posterior
     guide      eps_uncond + s (eps_cond - eps_uncond)                2207.12598    guided_output
 
@@ -101,7 +101,10 @@ class GaussianDiffusion:
     # ------------------------------------------------------------ back
 
     def predict_x0(self, xt: Tensor, t: Tensor, eps_hat: Tensor) -> Tensor:
-        """The clean image that xt and the predicted noise imply. DDPM eq. 15 (text)."""
+        """The clean image that xt and the predicted noise imply. DDPM eq. 15 (text).
+
+        For a reader to try: the samplers take it from PREDICTIONS, which knows v and x0 too.
+        """
         s = self.at("sqrt_one_minus_alpha_bar", t)
         return (xt - s * eps_hat) / self.at("sqrt_alpha_bar", t)
 

@@ -87,7 +87,7 @@ def sincos_2d(hidden_size: int, side: int) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps (B,) -> 256 sinusoids -> a two-layer MLP: (B, D). DiT section 3.2."""
+    """Timesteps (B,) -> 256 sinusoids -> a two-layer MLP: (B, D). DiT appendix A."""
 
     def __init__(self, hidden_size: int, num_frequencies: int = 256):
         super().__init__()
@@ -203,7 +203,8 @@ class DiT(nn.Module):
     `null_class` = num_classes means "no class" (classifier-free guidance). Returns float32
     (B, C, H, H); with `learn_sigma`, (B, 2C, H, H), the second half being the variance channels
     of Nichol & Dhariwal (arXiv 2102.09672). Any C, any H that patch_size divides.
-    Raises ValueError where the sizes do not fit one another.
+    Raises ValueError where the sizes of the model do not fit one another; `forward` asserts
+    that x has them.
     """
 
     def __init__(
@@ -241,7 +242,11 @@ class DiT(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """All of the initialisation; what must be zero is zeroed last. DiT appendix A."""
+        """All of the initialisation; what must be zero is zeroed last.
+
+        Zeros: DiT section 3.2, "adaLN-Zero block", and section 4, "Training"; the 0.02 of the
+        embeddings: the published code.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -33,10 +33,22 @@ from tqdm import tqdm
 import checkpoints
 import data as data_sets
 import ruler as rulers
-from cli import Parser, UserError, cli, generator, number, printable
+from cli import (
+    BATCH,
+    COUNT,
+    SEED,
+    SIDE,
+    Parser,
+    UserError,
+    check_target,
+    cli,
+    generator,
+    number,
+    printable,
+)
 from ranks import Ranks, pick_device
 from runs import atomic_write, checkpoints_in, holds_run
-from sample import check_target, find_checkpoint, parse_label, sample, sampling_of
+from sample import find_checkpoint, parse_label, sample, sampling_of
 
 LEAST = 10                      # images: the neighbour metrics look at the 5 nearest
 MOST_NEIGHBOURS = 10_000        # images on each side of precision and recall
@@ -441,8 +453,8 @@ def main(argv: list[str] | None = None) -> int:
     if a.train_ruler:
         return train_ruler(a, device)
     path = Path(a.images_from) if a.images_from else find_checkpoint(None)
-    files = path.suffix.lower() == ".npz" or (path.is_dir() and not checkpoints_in(path))
-    if not path.exists():
+    files = path.suffix.lower() == ".npz" or (os.path.isdir(path) and not checkpoints_in(path))
+    if not os.path.exists(path):
         raise UserError(f"{printable(path)} does not exist")
     check_flags(a, files)
 
@@ -503,35 +515,36 @@ def train_ruler(a: argparse.Namespace, device: torch.device) -> int:
 def parser() -> Parser:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                allow_abbrev=False)
-    count = number(int, 1)
     p.add_argument("images_from", nargs="?", metavar="CKPT|FILE.npz|FOLDER", help="a checkpoint or "
                    "a run's folder, an .npz, or a folder of images (default: the newest checkpoint "
                    "under output/, else the one that ships)")
     g = p.add_argument_group("what")
-    g.add_argument("--images", type=number(int, LEAST), metavar="N", help="images to measure "
-                   "(default: 1000 from a checkpoint, equally of all classes; else all there are)")
-    g.add_argument("--seed", type=number(int, 0), default=0, help="of the noise and of every "
+    g.add_argument("--images", type=number(int, LEAST, 1_000_000), metavar="N",
+                   help="images to measure (default: "
+                   "1000 from a checkpoint, equally of all classes; else all there are)")
+    g.add_argument("--seed", type=SEED, default=0, help="of the noise and of every "
                    "random choice (default: 0)")
-    g.add_argument("--seeds", type=count, metavar="K", help="sample K times, with seeds from "
+    g.add_argument("--seeds", type=COUNT, metavar="K", help="sample K times, with seeds from "
                    "--seed on: mean ± standard deviation (default: 1, as each takes as long)")
     g.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
     g = p.add_argument_group("how to sample from a checkpoint (default: what it suggests)")
     g.add_argument("--cfg-scale", type=number(float, -100, 100), metavar="S",
                    help="guidance: 1 is the plain conditional model, 0 the unconditional one")
     g.add_argument("--sampler", choices=checkpoints.SAMPLERS, help="ddpm (all timesteps) or ddim")
-    g.add_argument("--steps", type=count, help="sampling steps, ddim")
+    g.add_argument("--steps", type=COUNT, help="sampling steps, ddim")
     g.add_argument("--eta", type=number(float, 0, 1), help="noise that ddim adds: 0 none, 1 as "
                    "ddpm")
     g.add_argument("--weights", choices=("ema", "model"),
                    help="the averaged weights or the last ones (default: ema)")
-    g.add_argument("--batch-size", type=count, default=250, help="images at a time (default: 250)")
+    g.add_argument("--batch-size", type=BATCH, default=250, metavar="N",
+                   help="images at a time (default: 250)")
     g = p.add_argument_group("the real images, and the ruler")
     g.add_argument("--dataset", help="mnist, fashion_mnist, cifar10, glyphs or folder:PATH "
                    "(default: the checkpoint's, else mnist)")
     g.add_argument("--data-dir", metavar="DIR", help="where the data set is, or is downloaded to; "
                    "the rulers of other sets and the features of real images are kept there too "
                    "(default: the checkpoint's if it is there, else data)")
-    g.add_argument("--image-size", type=count, help="side in pixels that the real images are "
+    g.add_argument("--image-size", type=SIDE, help="side in pixels that the real images are "
                    "resized to, for an .npz or a folder (default: the data set's; 32 for folder:)")
     g.add_argument("--train-ruler", action="store_true", help="train the ruler of --dataset and "
                    "write it, into assets/ if that is mnist; no more than that")

@@ -7,8 +7,7 @@ import argparse
 from pathlib import Path
 
 import checkpoints
-from cli import Parser, UserError, cli, printable
-from sample import check_target
+from cli import Parser, UserError, check_target, cli, printable
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 import checkpoints
 import evaluate
-from cli import Parser, UserError, cli, generator, number, printable
+from cli import BATCH, SEED, Parser, UserError, check_target, cli, generator, number, printable
 from data import save_picture, to_uint8
 from diffusion import GaussianDiffusion
 from dit import DiT
 from ranks import Ranks, pick_device
 from runs import atomic_write
-from sample import OUTPUT, check_target, find_checkpoint, next_free
+from sample import OUTPUT, find_checkpoint, next_free
 from train_mnist import DIFFUSION
 
 FORWARD_TIMES = [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999]
@@ -429,7 +429,7 @@ def add_data_flags(p: Parser, images: int, default: str) -> None:
                    "(default: the checkpoint's if it is there, else data)")
     g.add_argument("--images", type=number(int, 1), default=images, metavar="N",
                    help=f"how many (default: {images})")
-    g.add_argument("--seed", type=number(int, 0), default=0, help="of their choice and of the "
+    g.add_argument("--seed", type=SEED, default=0, help="of their choice and of the "
                    "noise (default: 0)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
 
@@ -465,7 +465,7 @@ def parser() -> Parser:
     add_data_flags(sub, 500, "the first checkpoint's")
     sub.add_argument("--bins", type=number(int, 1), default=20, help="equal parts of the timesteps "
                      "(default: 20)")
-    sub.add_argument("--batch-size", type=number(int, 1), default=250,
+    sub.add_argument("--batch-size", type=BATCH, default=250,
                      help="images at a time (default: 250)")
     sub = add("sweep", "evaluate.py's results against guidance and steps")
     sub.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl",
@@ -477,10 +477,4 @@ def parser() -> Parser:
 
 
 if __name__ == "__main__":
-    def entry() -> int:
-        try:
-            return main()
-        except torch.OutOfMemoryError:
-            raise UserError("out of GPU memory: fewer --images need less") from None
-
-    cli(entry)
+    cli(main)

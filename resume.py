@@ -4,12 +4,21 @@ Not needed to understand DiT.
 """
 
 import json
+import os
 from pathlib import Path
 
 import checkpoints
 from cli import UserError, printable
 from ranks import Ranks
-from runs import atomic_write, checkpoints_in, holds_run, lock_folder, newest_run, read_metrics
+from runs import (
+    atomic_write,
+    begun,
+    checkpoints_in,
+    holds_run,
+    lock_folder,
+    newest_run,
+    read_metrics,
+)
 
 
 def resumed(given: dict, output: Path, ranks: Ranks) -> tuple:
@@ -19,16 +28,24 @@ def resumed(given: dict, output: Path, ranks: Ranks) -> tuple:
     """
     out = Path(given["out"]) if given.get("out") else None
     if given["resume"]:
+        if os.path.isdir(given["resume"]):
+            raise UserError(f"--resume {printable(given['resume'])} is a folder: --resume --out "
+                            f"{printable(given['resume'])} goes on with the run in it")
         return from_file(Path(given["resume"]), out, ranks)
     folder = out or newest_run(output)
     if folder is None or not folder.is_dir():
         raise UserError(f"no run to resume {f'in {out}' if out else f'under {output}/'}: start one "
                         f"without --resume")
+    if not begun(folder):
+        raise UserError(f"{printable(folder)} holds no run to resume: start one there without "
+                        f"--resume")
     lock = lock_folder(folder)
     state = newest_whole(folder, ranks)
     if state is None:
+        if (folder / "metrics.jsonl").exists():
+            raise UserError(f"{printable(folder)} has a record of losses but no checkpoint to "
+                            f"resume from: another --out starts a new run")
         ranks.say(f"{folder} has no checkpoint yet: starting at step 0")
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
     else:
         take_up(folder, folder, state, ranks)
     return lock, folder, state

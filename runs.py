@@ -110,9 +110,14 @@ def newest_run(parent: Path) -> Path | None:
     """The run folder under `parent` that was written last."""
     def written(folder: Path) -> float:
         return max([p.stat().st_mtime for p in [folder, *folder.glob("step_*.pt")]])
-    runs = [p for p in parent.iterdir() if p.is_dir() and re.match(r"\d{3,}-", p.name)] \
-        if parent.is_dir() else []
+    runs = [p for p in parent.iterdir() if begun(p)] if parent.is_dir() else []
     return max(runs, key=written, default=None)
+
+
+def begun(folder: Path) -> bool:
+    """Does it hold a run, or the start of one that was killed before its first checkpoint?"""
+    return folder.is_dir() and (holds_run(folder) or (folder / "lock").is_file()
+                                or all(p.suffix == ".tmp" for p in folder.iterdir()))
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -122,8 +127,9 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(parent: Path) -> Path | None:
-    """The checkpoint under parent/*/ that was written last."""
-    found = [p for run in parent.glob("*/") for p in checkpoints_in(run)] if parent.is_dir() else []
+    """The checkpoint under parent/*/ that was written last; not one of step 0, untrained."""
+    found = [p for run in parent.glob("*/") for p in checkpoints_in(run) if int(p.stem[5:])] \
+        if parent.is_dir() else []
     return max(found, key=lambda p: (p.stat().st_mtime_ns, p.name), default=None)
 
 
@@ -152,7 +158,7 @@ def atomic_write(path: Path, write: Callable) -> None:
     """write(file) into a temporary file beside `path`, to the disk, then into its place: a reader
     sees the old file or the new one, whole. Raises OSError, leaving the old file and no other."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")     # never a longer name
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -208,7 +214,8 @@ class Run:
         self.save, self.preview, self.every = save, preview, every
         self.start, self.stop, self.total, self.batch_size = start, stop, total, batch_size
         self.signals, self.agreed, self.saved_at = StopSignals(), 0, None
-        self.buffer = torch.zeros(every["log"], len(columns), device=ranks.device)
+        self.buffer = torch.zeros(min(every["log"], stop - start), len(columns),
+                                  device=ranks.device)
         self.first_bad = torch.full((), NEVER, device=ranks.device, dtype=torch.int64)
         self.recorded, self.read = start, start
         self.unwritten: list[str] = []

@@ -23,7 +23,18 @@ from tqdm import tqdm
 
 import checkpoints
 from data import grid, save_picture, to_uint8
-from cli import Parser, UserError, cli, generator, number, printable
+from cli import (
+    BATCH,
+    COUNT,
+    SEED,
+    Parser,
+    UserError,
+    check_target,
+    cli,
+    generator,
+    number,
+    printable,
+)
 from ranks import Ranks
 from runs import atomic_write, checkpoints_in, newest_checkpoint
 
@@ -31,6 +42,7 @@ OUTPUT = Path("output")
 SHIPPED = Path(__file__).parent / "assets" / "mnist.pt"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 BLOCK = 16                      # images whose noise is drawn in one call
+MOST_SHOWN = 10_000             # images in one picture
 
 
 # ---------------------------------------------------------------- noise that belongs to the image
@@ -109,26 +121,22 @@ def next_free(parent: Path, stem: str, suffix: str) -> Path:
     return parent / f"{stem}-{number:03d}{suffix}"
 
 
-def check_target(path: Path, force: bool, suffix: str) -> None:
-    """Before any work: may this file be written, and would it overwrite one?"""
-    if path.suffix.lower() != suffix:
-        raise UserError(f"{path} must end in {suffix}")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name a file in it")
-    if path.exists() and not force:
-        raise UserError(f"{path} exists: --force overwrites it")
-    parent = path.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{path} cannot be written: no writing in {parent}")
+def check_targets(a: argparse.Namespace) -> None:
+    """`check_target` for each file that the flags name; no two may be the same."""
+    flags = {}
+    for flag, suffix in [("out", ".png"), ("gif", ".gif"), ("trajectory", ".png"), ("npz", ".npz")]:
+        if (target := getattr(a, flag)) is not None:
+            check_target(target, a.force, suffix)
+            other = flags.setdefault(os.path.realpath(target), flag)
+            if other != flag:
+                raise UserError(f"--{other} and --{flag} both name {printable(target)}: give each "
+                                f"a file of its own")
 
 
 def find_checkpoint(name: str | None) -> Path:
     """The file that was named; else the newest under output/; else the one that ships."""
     if name is not None:
-        path = Path(name)
-        return newest_in(path) if path.is_dir() else path
+        return newest_in(Path(name)) if os.path.isdir(name) else Path(name)
     path = newest_checkpoint(OUTPUT)
     if path is None:
         if not SHIPPED.is_file():
@@ -143,7 +151,7 @@ def find_checkpoint(name: str | None) -> Path:
 def newest_in(folder: Path) -> Path:
     found = checkpoints_in(folder)
     if not found:
-        raise UserError(f"{folder} holds no checkpoint (step_*.pt)")
+        raise UserError(f"{printable(folder)} holds no checkpoint (step_*.pt)")
     return found[-1]
 
 
@@ -212,10 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     a = parser().parse_args(argv)
     if len(a.cfg_scale or ()) > 1 and (a.gif or a.trajectory or a.npz):
         raise UserError("--gif, --trajectory and --npz take one --cfg-scale")
-    for target, suffix in [(a.out, ".png"), (a.gif, ".gif"), (a.trajectory, ".png"),
-                           (a.npz, ".npz")]:
-        if target is not None:
-            check_target(target, a.force, suffix)
+    check_targets(a)
     ranks = Ranks.join(a.device)
     if ranks.world > 1 and (a.npz is None or a.gif or a.trajectory):
         raise UserError("several processes share the work of --npz alone: run the rest in one")
@@ -233,8 +238,12 @@ def main(argv: list[str] | None = None) -> int:
     per_class = a.per_class or (1 if a.labels else 10)
     y = torch.tensor(labels).repeat_interleave(per_class)
     columns = per_class if per_class > 1 else math.ceil(math.sqrt(len(labels)))
-    ranks.say(f"{printable(path)}: step {state['step']:,}, {how['sampler']}, {how['steps']} steps, "
-              f"guidance {' '.join(f'{s:g}' for s in scales)}, {len(y)} images, seed {a.seed}")
+    if len(y) > MOST_SHOWN and (a.out or a.gif or a.npz is None):
+        raise UserError(f"{len(y):,} images in one picture: --npz FILE.npz takes them, a picture "
+                        f"at most {MOST_SHOWN:,}")
+    ranks.say(f"{printable(path)}: step {state['step']:,}{' (untrained)' * (not state['step'])}, "
+              f"{how['sampler']}, {how['steps']} steps, guidance "
+              f"{' '.join(f'{s:g}' for s in scales)}, {len(y)} images, seed {a.seed}")
 
     # Sample: the images of each strength of guidance, and what is seen on the way
     options = {key: how[key] for key in ("sampler", "steps", "eta")}
@@ -273,8 +282,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             write(target)
         except OSError as error:
-            raise UserError(f"{target} cannot be written: {error.strerror or error}") from None
-        print(f"written: {target}")
+            raise UserError(f"{printable(target)} cannot be written: "
+                            f"{error.strerror or error}") from None
+        print(f"written: {printable(target)}")
     return 0
 
 
@@ -291,26 +301,26 @@ def side_by_side(sheets: list[Image.Image]) -> Image.Image:
 def parser() -> Parser:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                allow_abbrev=False)
-    count = number(int, 1)
     p.add_argument("checkpoint", nargs="?", metavar="CKPT", help="a checkpoint, or a run's folder "
                    "(default: the newest under output/, else the one that ships)")
     g = p.add_argument_group("what")
     g.add_argument("--labels", nargs="+", metavar="LABEL", help="class names, number words or "
                    "indices, a row each (default: the first ten classes)")
-    g.add_argument("--per-class", type=number(int, 1, 1_000_000), metavar="N",
+    g.add_argument("--per-class", type=number(int, 1, 100_000), metavar="N",
                    help="images per label (default: 10, or "
                    "1 with --labels; with 1 the grid is near-square)")
-    g.add_argument("--seed", type=number(int, 0), default=0, help="of the noise (default: 0)")
+    g.add_argument("--seed", type=SEED, default=0, help="of the noise (default: 0)")
     g = p.add_argument_group("how (default: what the checkpoint suggests)")
     g.add_argument("--cfg-scale", type=number(float, -100, 100), nargs="+", metavar="S",
                    help="guidance: 1 is the plain conditional model, 0 the unconditional one; "
                    "several make a grid each")
     g.add_argument("--sampler", choices=checkpoints.SAMPLERS, help="ddpm (all timesteps) or ddim")
-    g.add_argument("--steps", type=count, help="sampling steps, ddim")
+    g.add_argument("--steps", type=COUNT, help="sampling steps, ddim")
     g.add_argument("--eta", type=number(float, 0, 1), help="noise ddim adds: 0 none, 1 as ddpm")
     g.add_argument("--weights", choices=("ema", "model"), default="ema",
                    help="the averaged weights or the last ones (default: ema)")
-    g.add_argument("--batch-size", type=count, default=250, help="images at a time (default: 250)")
+    g.add_argument("--batch-size", type=BATCH, default=250, metavar="N",
+                   help="images at a time (default: 250)")
     g.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
     g = p.add_argument_group("where to")
     g.add_argument("--out", type=Path, metavar="FILE.png", help="the grid (default: a new numbered "

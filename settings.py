@@ -5,7 +5,7 @@ Not needed to understand DiT.
 
 import argparse
 
-from cli import Parser, UserError, number, printable
+from cli import BATCH, COUNT, SEED, SIDE, Parser, UserError, number, printable
 from diffusion import PREDICTIONS
 from dit import MODELS
 
@@ -19,8 +19,10 @@ PRESETS = {
 DEFAULTS = dict(
     dataset="mnist", data_dir="data", image_size=None, prediction="v", optimizer="muon", lr=2e-3,
     muon_lr=0.02, decay=0.4, weight_decay=0.0, clip=1.0, label_dropout=0.1, grad_accum=1,
-    precision="auto", compile=False, seed=0, keep=3,
+    precision="auto", compile=False, seed=0, keep=3, timesteps="uniform",
 )
+# What a checkpoint did that was written before there was a flag for it.
+BEFORE = dict(timesteps="uniform")
 # What may change when a run is resumed: nothing that changes what a step computes.
 FREE = {"steps", "log_every", "preview_every", "save_every", "keep", "device", "data_dir", "out",
         "stop_after", "resume", "grad_accum"}
@@ -55,7 +57,7 @@ def resolve(given: dict, device_type: str, recipe: dict | None = None, inherit: 
 
 def checked_recipe(recipe: dict) -> dict:
     """The recipe of a checkpoint, read as if it had been typed: a file may hold anything."""
-    wanted = {"dataset": str, **DEFAULTS, **PRESETS["cpu"]}
+    wanted, recipe = {"dataset": str, **DEFAULTS, **PRESETS["cpu"]}, {**BEFORE, **recipe}
     if set(recipe) != set(wanted):
         raise UserError("the checkpoint's recipe is not one of this version's: it lacks or adds "
                         f"{printable(sorted(map(str, set(recipe) ^ set(wanted))))}")
@@ -98,30 +100,31 @@ def parser(description: str = __doc__) -> Parser:
             options["metavar"] = {"int": "N", "float": "X"}[options["type"].__name__]
         group.add_argument(flag, help=text.replace("%", "%%"), **options)
 
-    count = number(int, 1)
     g = p.add_argument_group("the run")
     add(g, "--out", "run folder (default: a new numbered one under output/)", metavar="DIR")
     add(g, "--resume", "go on: the run in --out, else the newest under output/, or from this "
         "checkpoint; flags not given come from it", nargs="?", const=None, metavar="CKPT")
     add(g, "--init-from", "start a new run from the weights in this file, as far as they fit",
         metavar="CKPT")
-    add(g, "--steps", "length of the run and of its schedules, in steps", type=count)
-    add(g, "--stop-after", "end this call after so many steps, saved, exit status 0", type=count)
-    add(g, "--seed", "of the weights, the order of the data, the noise", type=number(int, 0))
+    add(g, "--steps", "length of the run and of its schedules, in steps", type=COUNT)
+    add(g, "--stop-after", "end this call after so many steps, saved, exit status 0", type=COUNT)
+    add(g, "--seed", "of the weights, the order of the data, the noise", type=SEED)
     add(g, "--device", "cuda, mps or cpu (default: the first that is there)")
     g = p.add_argument_group("data")
     add(g, "--dataset", "mnist, fashion_mnist, cifar10, glyphs or folder:PATH")
     add(g, "--data-dir", "where the data set is, or is downloaded to", metavar="DIR")
     add(g, "--image-size", "side of the images in pixels (default: the data set's; 32 for "
-        "folder:)", type=count)
+        "folder:)", type=SIDE)
     g = p.add_argument_group("model and objective")
     add(g, "--model", "a name of dit.MODELS: size / patch side in pixels", choices=MODELS,
         metavar="NAME")
     add(g, "--prediction", "what the output means: eps, v or x0", choices=PREDICTIONS)
+    add(g, "--timesteps", "how training draws t: uniform, or logit-normal (arXiv 2403.03206), "
+        "seldom near 0 and 999", choices=("uniform", "logit-normal"))
     add(g, "--label-dropout", "share of labels replaced by \"no class\"", type=number(float, 0, 1))
     g = p.add_argument_group("recipe")
-    add(g, "--batch-size", "images per step, over all processes", type=number(int, 1, 2**20))
-    add(g, "--grad-accum", "parts a batch is computed in: the same update, less memory", type=count)
+    add(g, "--batch-size", "images per step, over all processes", type=BATCH)
+    add(g, "--grad-accum", "parts a batch is computed in: the same update, less memory", type=BATCH)
     add(g, "--optimizer", "muon (with AdamW for what it cannot take) or adamw",
         choices=("muon", "adamw"))
     add(g, "--lr", "learning rate of AdamW", type=number(float, 0))
@@ -138,7 +141,7 @@ def parser(description: str = __doc__) -> Parser:
         action=argparse.BooleanOptionalAction)
     g = p.add_argument_group("what is shown and kept")
     add(g, "--log-every", "steps between readings of the loss", type=number(int, 1, 100_000))
-    add(g, "--preview-every", "steps between sample grids", type=count)
-    add(g, "--save-every", "steps between checkpoints", type=count)
-    add(g, "--keep", "checkpoints kept, the newest ones", type=count)
+    add(g, "--preview-every", "steps between sample grids", type=COUNT)
+    add(g, "--save-every", "steps between checkpoints", type=COUNT)
+    add(g, "--keep", "checkpoints kept, the newest ones", type=COUNT)
     return p

@@ -47,6 +47,9 @@ def train(run: Run, s: argparse.Namespace, ranks: Ranks, images, batches, model,
             dropped = torch.rand(B, generator=rng, device=device) < s.label_dropout
             y = torch.where(dropped, model.null_class, y)                    # "no class"
             t = torch.randint(diffusion.num_timesteps, (B,), generator=rng, device=device)
+            if s.timesteps == "logit-normal":                           # seldom near the ends
+                z = torch.randn(B, generator=rng, device=device)
+                t = (z.sigmoid() * diffusion.num_timesteps).long()
             eps = torch.randn(x0.shape, generator=rng, device=device)
 
             losses = []

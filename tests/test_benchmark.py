@@ -107,7 +107,8 @@ def test_what_training_takes_here_is_named(monkeypatch):
 
 @pytest.mark.parametrize("flags, says", [
     (("--model", "DiT-S/8"), "patch size 8 does not divide image size 28"),
-    (("--rounds", 0), "of at least 1"), (("--sample", 1001), "at most 1000"),
+    (("--rounds", 0), "of at least 1"), (("--batch-size", 10**11), "at most 65,536"),
+    (("--sample", 1001), "at most 1,000"),
     (("--device", "cuda:77"), "is not available"), (("--round", 3), "did you mean --rounds")])
 def test_mistakes_are_one_line(train, flags, says):
     with pytest.raises(UserError, match=says) as error:

@@ -95,9 +95,14 @@ def test_without_out_the_newest_run_is_resumed_and_named(train, capsys):
         train("--steps", 4, "--stop-after", 2, "--seed", seed)
     newest, other = "output/002-glyphs-DiT-Test-7", "output/001-glyphs-DiT-Test-7"
     os.utime(f"{other}/step_0000002.pt", (1, 1)), os.utime(other, (1, 1))
+    Path("output/notes").mkdir()
+    Path("output/notes/todo.txt").write_text("no run")
     train("--resume")
     assert newest in capsys.readouterr().out
     assert len(rows(newest)) == 4 and len(rows(other)) == 2
+    train("--steps", 4, "--stop-after", 2, "--out", "output/a-name-of-my-own")
+    train("--resume")
+    assert len(rows("output/a-name-of-my-own")) == 4
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(train, capsys):
@@ -162,6 +167,7 @@ def test_a_longer_schedule_is_said_and_changes_what_follows(train, capsys):
     ("--lr", "0.5", "0.002"), ("--batch-size", "16", "8"), ("--seed", "3", "0"),
     ("--model", "DiT-Nano/4", TINY), ("--prediction", "eps", "v"), ("--dataset", "mnist", "glyphs"),
     ("--ema-decay", "0.5", "0.995"), ("--label-dropout", "0", "0.1"), ("--clip", "3", "1.0"),
+    ("--timesteps", "logit-normal", "uniform"),
     ("--optimizer", "adamw", "muon"), ("--precision", "fp32", "auto"),
     ("--image-size", "14", "None"),
 ])
@@ -188,6 +194,39 @@ def test_nothing_to_resume(train):
         train("--resume")
     with pytest.raises(UserError, match="no run to resume in nowhere"):
         train("--resume", "--out", "nowhere")
+    Path("notes").mkdir()
+    Path("notes/metrics.txt").write_text("precious")
+    with pytest.raises(UserError, match="notes holds no run to resume"):
+        train("--resume", "--out", "notes")
+    assert [p.name for p in Path("notes").iterdir()] == ["metrics.txt"]
+
+
+def test_a_record_without_a_checkpoint_is_never_started_over(train, checkpoint):
+    for path in checkpoint.parent.glob("step_*.pt"):
+        path.unlink()
+    before = Path("run/metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="a record of losses but no checkpoint"):
+        train("--resume", "--out", "run")
+    assert Path("run/metrics.jsonl").read_bytes() == before
+
+
+def test_what_else_resume_may_be_given_by_mistake(train, checkpoint):
+    with pytest.raises(UserError, match="run is a folder: --resume --out run goes on"):
+        train("--resume", "run")
+    checkpoints.save(Path("shared.pt"), checkpoints.shared(load(checkpoint)))
+    with pytest.raises(UserError, match="'ema' alone.*--init-from shared.pt"):
+        train("--resume", "shared.pt")
+
+
+def test_checkpoints_from_before_a_flag_was_there_are_resumed(train):
+    train("--steps", 4, "--out", "straight")
+    train("--steps", 4, "--out", "run", "--stop-after", 2)
+    path = Path("run/step_0000002.pt")
+    state = load(path)
+    del state["config"]["recipe"]["timesteps"]
+    checkpoints.save(path, {k: v for k, v in state.items() if k != "format"})
+    train("--resume", "--out", "run")
+    assert same_run("straight", "run")
 
 
 # ---------------------------------------------------------------- --init-from

@@ -246,6 +246,16 @@ def test_default_names_are_numbered_and_nothing_is_overwritten(checkpoint):
     (["--device", "tpu"], ["--device tpu"]),
     (["--lables", "3"], ["--lables", "--labels"]),
     (["--seed", "-1"], ["--seed"]),
+    (["--seed", "9" * 30], ["--seed", "at most"]),
+    (["--per-class", "1000000000000"], ["--per-class", "at most 100,000"]),
+    (["--per-class", "5000"], ["50,000 images in one picture", "--npz"]),
+    (["--per-class", "5000", "--npz", "n.npz", "--out", "n.png"], ["50,000", "10,000"]),
+    (["--batch-size", "1000000000"], ["--batch-size", "at most 65,536"]),
+    (["--out", "s.png", "--trajectory", "./s.png"], ["--out and --trajectory", "s.png"]),
+    (["--out", ""], [".png"]),
+    (["--npz", "x/"], [".npz"]),
+    (["--out", "x" * 300 + ".png"], ["255 bytes"]),
+    (["--out", "new/" + "x" * 300 + ".png"], ["255 bytes"]),
 ])
 def test_a_mistake_is_one_line_and_writes_nothing(checkpoint, flags, words, tmp_path):
     Path("file").write_text("")
@@ -271,12 +281,33 @@ def test_a_shared_checkpoint_has_the_ema_alone_and_names_no_path(checkpoint, tmp
 
 def test_files_that_are_no_checkpoint(checkpoint):
     Path("notes.pt").write_text("hello")
-    for name in ("notes.pt", "missing.pt"):
+    for name in ("notes.pt", "missing.pt", "x" * 300):
         with pytest.raises(UserError, match=name):
             run(name)
     Path("empty").mkdir()
     with pytest.raises(UserError, match="empty holds no checkpoint"):
         run("empty")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that takes no files")
+def test_a_folder_that_takes_no_files_is_found_before_any_work(checkpoint):
+    with pytest.raises(UserError, match="no writing in /proc"):
+        run(checkpoint, "--out", "/proc/x.png")
+
+
+def test_a_file_name_as_long_as_the_disk_allows(checkpoint):
+    name = "x" * 251 + ".png"
+    assert run(checkpoint, "--steps", 1, "--out", name) == 0 and Path(name).is_file()
+
+
+def test_untrained_checkpoints_are_passed_over_or_said_to_be(train, monkeypatch, capsys):
+    train("--steps", 2, "--out", "output/mine", "--keep", 9)
+    train("--steps", 2, "--out", "output/later", "--keep", 9)
+    Path("output/later/step_0000002.pt").unlink()               # killed before it was saved
+    run("--steps", 1, "--out", "a.png")
+    assert "output/mine/step_0000002.pt: step 2," in capsys.readouterr().out
+    run("output/later", "--steps", 1, "--out", "b.png")
+    assert "step 0 (untrained)," in capsys.readouterr().out
 
 
 def test_the_command_exits_with_2_and_one_line(tmp_path):

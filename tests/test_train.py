@@ -10,7 +10,7 @@ from PIL import Image
 
 import data
 import train_mnist
-from cli import UserError, generator, mix_seed
+from cli import UserError, cli, generator, mix_seed
 from conftest import TINY, load, tensors_equal
 from diffusion import GaussianDiffusion
 from dit import DiT
@@ -84,6 +84,17 @@ def test_labels_are_dropped_to_the_null_class_with_the_given_probability(train, 
     assert dropped == share if share in (0, 1) else abs(dropped - share) < 0.12
 
 
+@pytest.mark.parametrize("kind, ends", [("uniform", 0.20), ("logit-normal", 0.028)])
+def test_timesteps_are_drawn_as_the_flag_says(train, monkeypatch, kind, ends):
+    """The share of t below 100 or from 900 on: logit-normal, twice P(z < log(1/9)) = 0.028."""
+    calls = spy_on_loss(monkeypatch)
+    train("--steps", 8, "--batch-size", 1024, "--timesteps", kind)
+    t = torch.cat([t for _, t, _, _ in calls])
+    assert t.dtype == torch.int64 and 0 <= t.min() and t.max() < 1000
+    assert abs(((t < 100) | (t >= 900)).float().mean() - ends) < 0.015
+    assert abs(t.float().mean() - 499.5) < 15               # as often above the middle as below
+
+
 def test_a_steps_randomness_depends_on_seed_and_step_alone(train, monkeypatch):
     calls = spy_on_loss(monkeypatch)
     for seed, out in [(1, "a"), (1, "b"), (2, "c")]:
@@ -149,6 +160,7 @@ CHANGES = {     # flags that change what the steps compute, each with a value th
     "model": "DiT-Nano/7", "prediction": "x0", "label_dropout": 0.9, "batch_size": 4,
     "optimizer": "adamw", "lr": 0.05, "muon_lr": 0.5, "warmup": 4, "decay": 1.0, "clip": 0.01,
     "weight_decay": 2.0, "seed": 5, "precision": "fp32", "image_size": 14,
+    "timesteps": "logit-normal",
 }
 KEEPS = {       # flags that do not
     "log_every": 2, "preview_every": 2, "save_every": 1, "keep": 1, "data_dir": "elsewhere",
@@ -238,6 +250,12 @@ def test_grad_accum_makes_the_same_update(train, monkeypatch):
     (["--label-dropout", "1.5"], ["--label-dropout", "at most 1"]),
     (["--ema-decay", "1"], ["--ema-decay", "below 1"]),
     (["--lr", "nan"], ["--lr", "nan"]),
+    (["--steps", "1" + "0" * 400], ["--steps", "at most 1,000,000,000"]),
+    (["--batch-size", "100000000000"], ["--batch-size", "at most 65,536"]),
+    (["--log-every", "1000000000000"], ["--log-every", "at most 100,000"]),
+    (["--image-size", "100000"], ["--image-size", "at most 4,096"]),
+    (["--seed", str(2**63)], ["--seed", "at most 9,223,372,036,854,775,807"]),
+    (["--out", "x" * 300], ["x" * 300, "too long"]),
     (["--bach-size", "3"], ["--bach-size", "--batch-size"]),
     (["--prediction", "noise"], ["--prediction", "eps"]),
     (["--model", "DiT-S/8"], ["DiT-S/8", "does not divide", "28"]),
@@ -392,6 +410,46 @@ def test_out_of_gpu_memory_names_the_batch_and_the_flag(train, monkeypatch):
     monkeypatch.setattr(GaussianDiffusion, "loss", loss)
     with pytest.raises(UserError, match="--batch-size 8: --grad-accum 2"):
         train("--steps", 2)
+
+
+def test_the_record_is_no_longer_than_the_run(train, monkeypatch):
+    from runs import Run
+    made, honest = [], Run.__init__
+
+    def init(self, *args, **options):
+        honest(self, *args, **options)
+        made.append(len(self.buffer))
+
+    monkeypatch.setattr(Run, "__init__", init)
+    train("--steps", 6, "--log-every", 100_000, "--out", "run")
+    train("--steps", 6, "--log-every", 4, "--out", "other")
+    assert made == [6, 4] and len(losses("run")) == len(losses("other")) == 6
+
+
+@pytest.mark.parametrize("error, words, status", [
+    (RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory"),
+     "error: out of memory: a smaller --batch-size", 2),
+    (MemoryError(), "error: out of memory: a smaller --batch-size", 2),
+    (torch.OutOfMemoryError("CUDA out of memory"), "error: out of GPU memory", 2),
+    (OSError(36, "File name too long", "xxx"), "error: xxx: File name too long", 2),
+    (UserError("said", status=1), "error: said", 1),
+])
+def test_what_a_command_says_when_it_fails(capsys, error, words, status):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        cli(main)
+    err = capsys.readouterr().err
+    assert end.value.code == status and err.startswith(words) and err.count("\n") == 1
+
+
+def test_a_bug_is_not_hidden():
+    def main():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli(main)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
