@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -114,6 +115,8 @@ class Ranks:
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model, averaging its gradients over the ranks where there are several."""
         if self.world > 1:
+            # of the patch embedding's weight, one small tensor: nothing that a user could mend
+            warnings.filterwarnings("ignore", message="Grad strides do not match")
             model = self.module = DistributedDataParallel(
                 model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
         return model
