@@ -107,10 +107,12 @@ def holds_run(folder: Path) -> bool:
 
 
 def newest_run(parent: Path) -> Path | None:
-    """The run folder under `parent` that was written last."""
+    """The run folder under `parent` that was written last; an empty one counts if it is numbered,
+    for a kill may have struck right after it was made."""
     def written(folder: Path) -> float:
         return max([p.stat().st_mtime for p in [folder, *folder.glob("step_*.pt")]])
-    runs = [p for p in parent.iterdir() if begun(p)] if parent.is_dir() else []
+    runs = [p for p in parent.iterdir() if begun(p) and (
+        any(p.iterdir()) or re.match(r"\d{3,}-", p.name))] if parent.is_dir() else []
     return max(runs, key=written, default=None)
 
 

@@ -97,6 +97,7 @@ def test_without_out_the_newest_run_is_resumed_and_named(train, capsys):
     os.utime(f"{other}/step_0000002.pt", (1, 1)), os.utime(other, (1, 1))
     Path("output/notes").mkdir()
     Path("output/notes/todo.txt").write_text("no run")
+    Path("output/empty").mkdir()
     train("--resume")
     assert newest in capsys.readouterr().out
     assert len(rows(newest)) == 4 and len(rows(other)) == 2
