@@ -1,6 +1,6 @@
 """Make a checkpoint to give away: the averaged weights alone, in half precision.
 
-    python export.py output/001-mnist-DiT-Nano-4/step_0002400.pt mnist.pt
+    python export.py output/001-mnist-DiT-Nano-7/step_0004000.pt mnist.pt
 """
 
 import argparse

@@ -9,12 +9,12 @@ from cli import BATCH, COUNT, SEED, SIDE, Parser, UserError, number, printable
 from diffusion import PREDICTIONS
 from dit import MODELS
 
-# Values that depend on the device; README.md, "The recipe", says what was measured.
+# Values that depend on the device; README.md, "The recipe, chosen by measurement", says why.
 PRESETS = {
     "gpu": dict(model="DiT-Mini/2", steps=12_000, batch_size=256, ema_decay=0.999, warmup=500,
                 log_every=50, preview_every=1000, save_every=1000),
-    "cpu": dict(model="DiT-Nano/4", steps=2_200, batch_size=128, ema_decay=0.995, warmup=100,
-                log_every=20, preview_every=300, save_every=300),
+    "cpu": dict(model="DiT-Nano/7", steps=4_000, batch_size=128, ema_decay=0.995, warmup=100,
+                log_every=20, preview_every=500, save_every=500),
 }
 DEFAULTS = dict(
     dataset="mnist", data_dir="data", image_size=None, prediction="v", optimizer="muon", lr=2e-3,
@@ -53,6 +53,15 @@ def resolve(given: dict, device_type: str, recipe: dict | None = None, inherit: 
         values.update(recipe)
     values.update({k: v for k, v in given.items() if k not in ("resume", "init_from")})
     return argparse.Namespace(**values)
+
+
+def fitting(model: str, size: int) -> str:
+    """A preset's model for images of `size` pixels: with the largest patch of its kind, in
+    dit.MODELS, that divides them; unchanged where none does."""
+    kind = [m for m in MODELS if m.split("/")[0] == model.split("/")[0]]
+    patches = {MODELS[m]["patch_size"]: m for m in kind if size % MODELS[m]["patch_size"] == 0}
+    return model if size % MODELS[model]["patch_size"] == 0 or not patches else \
+        patches[max(patches)]
 
 
 def checked_recipe(recipe: dict) -> dict:

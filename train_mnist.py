@@ -26,7 +26,7 @@ from dit import MODELS, DiT
 from ranks import Ranks, check_compiler, pick_precision, under_autocast
 from resume import restore, resumed
 from runs import Run, loss_curve, open_folder, write_first
-from settings import checked_recipe, parser, recipe_of, resolve
+from settings import checked_recipe, fitting, parser, recipe_of, resolve
 
 OUTPUT = Path("output")
 SAMPLING = dict(sampler="ddim", steps=50, eta=0.0, cfg_scale=2.0)      # what sample.py does unasked
@@ -133,6 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     images, s.dataset = load_data(s, ranks, named="dataset" in given or "data_dir" in given
                                   or state is not None)
     size, channels = images.images.shape[-1], images.images.shape[1]
+    if "model" not in given and start_from is None:
+        s.model = fitting(s.model, size)
     about_data = dict(dataset=images.name, images=len(images.images), image_size=size,
                       channels=channels, digest=images.digest())
     if state and state["config"]["data"] != about_data:

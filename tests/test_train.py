@@ -325,6 +325,18 @@ def test_a_folder_that_holds_a_run_is_never_overwritten(train, checkpoint):
     assert {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()} == before
 
 
+def test_the_presets_model_takes_a_patch_that_divides_the_images(train, capsys):
+    flags = ["--dataset", "glyphs", "--batch-size", "2", "--steps", "1"]
+    for size, name in [(28, "DiT-Nano/7"), (32, "DiT-Nano/4"), (14, "DiT-Nano/7")]:
+        train_mnist.main([*flags, "--image-size", str(size), "--out", f"run{size}"])
+        assert load(f"run{size}/step_0000001.pt")["config"]["recipe"]["model"] == name
+    train_mnist.main(["--resume", "--out", "run32", "--steps", "2"])
+    with pytest.raises(UserError, match="patch size 7 does not divide image size 32"):
+        train_mnist.main([*flags, "--image-size", "32", "--model", "DiT-Nano/7"])
+    with pytest.raises(UserError, match="does not divide image size 29"):
+        train_mnist.main([*flags, "--image-size", "29"])
+
+
 def test_three_channels_and_any_number_of_classes(train, tmp_path):
     for name, colour in [("red", (200, 0, 0)), ("green", (0, 200, 0)), ("blue", (0, 0, 200))]:
         Path("pets", name).mkdir(parents=True)
