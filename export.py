@@ -7,13 +7,16 @@ import argparse
 from pathlib import Path
 
 import checkpoints
-from cli import Parser, UserError, check_target, cli, printable
+from cli import Parser, UserError, check_target, cli, number, printable
 
 
 def main(argv: list[str] | None = None) -> int:
     a = parser().parse_args(argv)
     check_target(a.out, a.force, ".pt")
     state = checkpoints.shared(checkpoints.load(a.checkpoint))
+    if a.cfg_scale is not None:
+        config = state["config"]
+        state["config"] = dict(config, sampling=dict(config["sampling"], cfg_scale=a.cfg_scale))
     try:
         checkpoints.save(a.out, state)
         size = a.out.stat().st_size
@@ -29,6 +32,8 @@ def parser() -> Parser:
                allow_abbrev=False)
     p.add_argument("checkpoint", type=Path, metavar="CKPT", help="the checkpoint of a run")
     p.add_argument("out", type=Path, metavar="OUT.pt", help="the file to write")
+    p.add_argument("--cfg-scale", type=number(float, -100, 100), metavar="S", help="the guidance "
+                   "that sample.py takes unasked (default: the run's)")
     p.add_argument("--force", action="store_true", help="overwrite an existing file")
     return p
 

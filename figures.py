@@ -373,8 +373,13 @@ def draw_metric(axes, series: dict[str, list[dict]], x: str, metric: str) -> Non
     for i, value in enumerate(sorted(tests)):
         axes.axhline(value, color="black", ls="--", lw=0.9, label=None if i else "real: test set")
     axes.set(xlabel=x, ylabel=METRICS[metric])
-    if metric == "frechet":
+    drawn = [p["samples"][metric] for group in series.values() for p in group] + list(tests)
+    if metric == "frechet" and min(drawn) > 0 and max(drawn) > 10 * min(drawn):
         axes.set_yscale("log")
+    elif metric == "frechet":
+        axes.set_ylim(0, 1.1 * max(drawn))
+    else:                                           # shares; not the rounding of equal ones
+        axes.set_ylim(min(drawn) - 0.03, min(max(drawn) + 0.03, 1.005))
     if x == "steps":
         axes.set_xscale("log")
         ticks = sorted({p[x] for group in series.values() for p in group})

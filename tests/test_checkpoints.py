@@ -551,6 +551,10 @@ def test_export(path, tmp_path, capsys):
     assert "--force" in refused(export.main, [str(path), str(out)])
     assert out.read_bytes() == before
     assert export.main([str(path), str(out), "--force"]) == 0
+    assert checkpoints.load(out)["config"] == state["config"]
+    assert export.main([str(path), str(out), "--cfg-scale", "1.25", "--force"]) == 0
+    assert checkpoints.load(out)["config"]["sampling"] == dict(state["config"]["sampling"],
+                                                               cfg_scale=1.25)
     assert ".pt" in refused(export.main, [str(path), str(tmp_path / "out.zip")])
     missing, folder = tmp_path / "no.pt", tmp_path / "folder.pt"
     folder.mkdir()

@@ -244,7 +244,7 @@ def test_an_existing_file_is_kept_without_force(train):
     assert Path("a.png").read_text() == "mine"
     assert run("forward", *GLYPHS, "--times", 5, "--out", "a.png", "--force") == 0
     assert Image.open("a.png").format == "PNG"
-    assert "must end in .png" in refused("forward", *GLYPHS, "--out", "a.jpg")
+    assert "must be a file name that ends in .png" in refused("forward", *GLYPHS, "--out", "a.jpg")
 
 
 def test_mistakes_are_one_line(pair, train):
