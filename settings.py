@@ -19,7 +19,7 @@ PRESETS = {
 DEFAULTS = dict(
     dataset="mnist", data_dir="data", image_size=None, prediction="v", optimizer="muon", lr=2e-3,
     muon_lr=0.02, decay=0.4, weight_decay=0.0, clip=1.0, label_dropout=0.1, grad_accum=1,
-    precision="auto", compile=False, seed=0, keep=3, timesteps="uniform",
+    precision="auto", compile=False, seed=0, keep=3, timesteps="logit-normal",
 )
 # What a checkpoint did that was written before there was a flag for it.
 BEFORE = dict(timesteps="uniform")
@@ -128,8 +128,8 @@ def parser(description: str = __doc__) -> Parser:
     add(g, "--model", "a name of dit.MODELS: size / patch side in pixels", choices=MODELS,
         metavar="NAME")
     add(g, "--prediction", "what the output means: eps, v or x0", choices=PREDICTIONS)
-    add(g, "--timesteps", "how training draws t: uniform, or logit-normal (arXiv 2403.03206), "
-        "seldom near 0 and 999", choices=("uniform", "logit-normal"))
+    add(g, "--timesteps", "how training draws t: uniform (the paper), or logit-normal "
+        "(arXiv 2403.03206), seldom near 0 and 999", choices=("uniform", "logit-normal"))
     add(g, "--label-dropout", "share of labels replaced by \"no class\"", type=number(float, 0, 1))
     g = p.add_argument_group("recipe")
     add(g, "--batch-size", "images per step, over all processes", type=BATCH)

@@ -29,7 +29,7 @@ from runs import Run, loss_curve, open_folder, write_first
 from settings import checked_recipe, fitting, parser, recipe_of, resolve
 
 OUTPUT = Path("output")
-SAMPLING = dict(sampler="ddim", steps=50, eta=0.0, cfg_scale=2.0)      # what sample.py does unasked
+SAMPLING = dict(sampler="ddim", steps=50, eta=0.0, cfg_scale=1.75)     # what sample.py does unasked
 DIFFUSION = dict(num_timesteps=1000, beta_start=1e-4, beta_end=0.02)   # DDPM section 4
 
 

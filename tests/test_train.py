@@ -160,7 +160,7 @@ CHANGES = {     # flags that change what the steps compute, each with a value th
     "model": "DiT-Nano/7", "prediction": "x0", "label_dropout": 0.9, "batch_size": 4,
     "optimizer": "adamw", "lr": 0.05, "muon_lr": 0.5, "warmup": 4, "decay": 1.0, "clip": 0.01,
     "weight_decay": 2.0, "seed": 5, "precision": "fp32", "image_size": 14,
-    "timesteps": "logit-normal",
+    "timesteps": "uniform",
 }
 KEEPS = {       # flags that do not
     "log_every": 2, "preview_every": 2, "save_every": 1, "keep": 1, "data_dir": "elsewhere",
