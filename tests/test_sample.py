@@ -189,6 +189,11 @@ def test_arrays_are_those_of_the_published_evaluation_suites(checkpoint):
     assert np.array_equal(top_left, images[0, :, :, 0])
 
 
+def test_arrays_may_hold_more_images_than_a_picture(checkpoint, monkeypatch):
+    monkeypatch.setattr(sample, "MOST_SHOWN", 3)
+    assert len(arrays(checkpoint, "--steps", 1, "--labels", 5, "--per-class", 4)[0]) == 4
+
+
 def test_a_gif_moves_from_noise_to_the_sample(lively):
     run(lively, "--labels", 3, 1, "--steps", 6, "--batch-size", 1, "--gif", "a.gif",
         "--out", "a.png")
