@@ -10,7 +10,7 @@ nvidia-smi --query-gpu=name,memory.total --format=csv | tee "$out/gpu.txt"
 python -m pytest -q tests -k "gpu" -rs 2>&1 | tee "$out/tests.txt"
 python benchmark.py --model DiT-Mini/2 --batch-size 256 --compile 2>&1 | tee "$out/benchmark.txt"
 python train_mnist.py --data-dir "$data" --out output/gpu 2>&1 | tee "$out/train.txt"
-for s in 1 1.25 1.5 2; do   # the better the model, the less guidance it wants
+for s in 1 1.25 1.5 1.75 2; do   # the better the model, the less guidance it wants
     python evaluate.py output/gpu --data-dir "$data" --images 10000 --cfg-scale "$s" --json "$out/guidance-$s.json"
 done 2>&1 | tee "$out/evaluate.txt"
 python sample.py output/gpu --out "$out/samples-gpu.png" --gif "$out/samples-gpu.gif" --force
