@@ -85,7 +85,7 @@ def checked_recipe(recipe: dict) -> dict:
 
 
 def same(key: str, value, before) -> bool:
-    """A folder of images may have moved: the data's digest is compared later."""
+    """A folder of images may have moved or have another name: its digest is compared later."""
     return value == before or (key == "dataset" and value.startswith("folder:")
                                and str(before).startswith("folder:"))
 
@@ -141,7 +141,7 @@ def parser(description: str = __doc__) -> Parser:
     add(g, "--warmup", "steps over which the learning rates rise", type=number(int, 0))
     add(g, "--decay", "share of the run over which they fall to 0", type=number(float, 0, 1))
     add(g, "--weight-decay", "of both optimizers", type=number(float, 0))
-    add(g, "--clip", "largest norm of the gradient", type=number(float, 0))
+    add(g, "--clip", "largest norm of the gradient, 0 for any", type=number(float, 0))
     add(g, "--ema-decay", "of the averaged weights, per step", type=number(float, 0, 1, True))
     g = p.add_argument_group("speed")
     add(g, "--precision", "of the matrix products: auto, bf16, fp16 or fp32",

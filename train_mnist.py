@@ -38,7 +38,8 @@ DIFFUSION = dict(num_timesteps=1000, beta_start=1e-4, beta_end=0.02)   # DDPM se
 
 def train(run: Run, s: argparse.Namespace, ranks: Ranks, images, batches, model, net, ema,
           diffusion: GaussianDiffusion, optimizers: list, scaler) -> None:
-    """Steps run.start to run.stop. net is the model as it is run (autocast, several ranks)."""
+    """Steps run.start to run.stop. net is the model as it is run (autocast, several ranks);
+    scaler scales the loss for fp16, and does nothing in bf16 and fp32."""
     device, B = ranks.device, s.batch_size
     with run:
         for step in range(run.start, run.stop):
@@ -47,7 +48,7 @@ def train(run: Run, s: argparse.Namespace, ranks: Ranks, images, batches, model,
             dropped = torch.rand(B, generator=rng, device=device) < s.label_dropout
             y = torch.where(dropped, model.null_class, y)                    # "no class"
             t = torch.randint(diffusion.num_timesteps, (B,), generator=rng, device=device)
-            if s.timesteps == "logit-normal":                           # seldom near the ends
+            if s.timesteps == "logit-normal":           # instead: seldom near the ends
                 z = torch.randn(B, generator=rng, device=device)
                 t = (z.sigmoid() * diffusion.num_timesteps).long()
             eps = torch.randn(x0.shape, generator=rng, device=device)
@@ -60,7 +61,8 @@ def train(run: Run, s: argparse.Namespace, ranks: Ranks, images, batches, model,
 
             lr_factor = schedule(step, s.steps, s.warmup, s.decay)
             grad_norm = update(optimizers, scaler, model, s.clip, lr_factor)
-            update_ema(ema, model, min(s.ema_decay, (1 + step) / (10 + step)))
+            ema_decay = min(s.ema_decay, (1 + step) / (10 + step))      # forgets the start soon
+            update_ema(ema, model, ema_decay)
 
             run.record(step, *torch.cat(losses, dim=1).mean(dim=1), grad_norm, s.lr * lr_factor)
             if run.after(step):
@@ -73,14 +75,17 @@ def schedule(step: int, steps: int, warmup: int, decay: float) -> float:
 
 
 def update(optimizers: list, scaler, model: nn.Module, clip: float, lr_factor: float):
-    """Clip the gradient's norm, take one step, clear the gradient. Returns the norm before."""
+    """Clip the gradient's norm (0: do not), take one step, clear the gradient. Returns the norm
+    before. Where fp16 overflowed, the scaler's smaller scale is all that comes of the step."""
     for opt in optimizers:
         scaler.unscale_(opt)
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
+    overflow = scaler.is_enabled() and not grad_norm.isfinite()     # in one optimizer: none steps
     for opt in optimizers:
         for group in opt.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
-        scaler.step(opt)
+        if not overflow:
+            scaler.step(opt)
         opt.zero_grad(set_to_none=True)
     scaler.update()
     return grad_norm
@@ -137,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         s.model = fitting(s.model, size)
     about_data = dict(dataset=images.name, images=len(images.images), image_size=size,
                       channels=channels, digest=images.digest())
-    if state and state["config"]["data"] != about_data:
+    if state and {**state["config"]["data"], "dataset": images.name} != about_data:
         raise UserError(f"the data set is not the one of the checkpoint: {about_data} here, "
                         f"{printable(state['config']['data'])} there")
 
@@ -162,7 +167,9 @@ def main(argv: list[str] | None = None) -> int:
     optimizers = make_optimizers(model, s)
     start = restore(state, model, ema, optimizers, scaler) if state else 0
     if start >= s.steps:
-        ranks.say(f"{folder} is complete at step {start:,}: a larger --steps goes on from there")
+        ranks.say(f"{folder} is complete at step {start:,}: a larger --steps goes on from there"
+                  if start == s.steps else
+                  f"{folder} is at step {start:,} already, beyond --steps {s.steps:,}")
         return 0
     if s.compile:
         check_compiler(device)

@@ -164,6 +164,29 @@ def test_a_longer_schedule_is_said_and_changes_what_follows(train, capsys):
     assert rows("run")[8]["lr"] > rows("run")[7]["lr"]
 
 
+def test_fewer_steps_than_were_made_are_said(train, capsys):
+    train("--steps", 8, "--out", "run", "--stop-after", 4)
+    assert train("--resume", "--out", "run", "--steps", 3) == 0
+    assert "run is at step 4 already, beyond --steps 3" in capsys.readouterr().out
+
+
+def test_a_folder_of_images_may_move_and_have_another_name(train):
+    for name in ("cat", "dog"):
+        Path("pets", name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("L", (28, 28), 40 * i).save(f"pets/{name}/{i}.png")
+    flags = ("--dataset", "folder:pets", "--image-size", 28, "--steps", 4)
+    train(*flags, "--out", "straight")
+    train(*flags, "--out", "run", "--stop-after", 2)
+    Path("elsewhere").mkdir()
+    Path("pets").rename("elsewhere/beasts")
+    assert train("--resume", "--out", "run", "--dataset", "folder:elsewhere/beasts") == 0
+    assert [r["loss"] for r in rows("run")] == [r["loss"] for r in rows("straight")]
+    Image.new("L", (28, 28), 7).save("elsewhere/beasts/cat/0.png")
+    with pytest.raises(UserError, match="not the one of the checkpoint"):
+        train("--resume", "--out", "run", "--steps", 8, "--dataset", "folder:elsewhere/beasts")
+
+
 @pytest.mark.parametrize("flag, value, old", [
     ("--lr", "0.5", "0.002"), ("--batch-size", "16", "8"), ("--seed", "3", "0"),
     ("--model", "DiT-Nano/4", TINY), ("--prediction", "eps", "v"), ("--dataset", "mnist", "glyphs"),

@@ -16,7 +16,7 @@ from diffusion import GaussianDiffusion
 from dit import DiT
 from runs import read_metrics
 from settings import DEFAULTS, PRESETS, parser
-from train_mnist import make_optimizers, schedule, update_ema
+from train_mnist import make_optimizers, schedule, update, update_ema
 
 
 def losses(folder) -> list[float]:
@@ -61,6 +61,43 @@ def test_every_parameter_is_in_one_optimizer_and_muon_has_the_block_matrices(tra
         assert len(groups) == (2 if optimizer == "muon" else 1)
     assert {name.split(".", 2)[2] for name in groups[1]} == {
         "attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
+
+
+def scaled_gradients(values: list[float]) -> tuple:
+    """A scaler for fp16 and one parameter with a gradient for each of two optimizers."""
+    model = torch.nn.ParameterList(torch.nn.Parameter(torch.ones(2)) for _ in values)
+    optimizers = [torch.optim.AdamW([p], lr=0.1) for p in model]
+    for opt in optimizers:
+        opt.param_groups[0]["initial_lr"] = 0.1
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(sum((p * value).sum() for p, value in zip(model, values, strict=True))).backward()
+    return model, optimizers, scaler
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_overflow_in_one_optimizer_stops_the_step_of_both(bad, place):
+    values = [1.0, 1.0]
+    values[place] = bad
+    model, optimizers, scaler = scaled_gradients(values)
+    update(optimizers, scaler, model, 1.0, 1.0)
+    assert all(torch.equal(p, torch.ones(2)) and p.grad is None for p in model)
+    assert scaler.get_scale() == 4.0                                # tried again with half of it
+    model, optimizers, scaler = scaled_gradients([1.0, 1.0])
+    update(optimizers, scaler, model, 1.0, 1.0)
+    assert all((p < 1).all() for p in model) and scaler.get_scale() == 8.0
+
+
+@pytest.mark.parametrize("clip, left", [(0.0, 5.0), (1.0, 1.0), (10.0, 5.0)])
+def test_gradients_are_clipped_to_a_norm_and_0_is_not_at_all(clip, left):
+    model = torch.nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    before = model.weight.detach().clone()
+    opt = torch.optim.SGD(model.parameters(), lr=1.0)
+    opt.param_groups[0]["initial_lr"] = 1.0
+    norm = update([opt], torch.amp.GradScaler("cpu", enabled=False), model, clip, 1.0)
+    step = (before - model.weight.detach()).norm().item()
+    assert norm == 5 and step == pytest.approx(left, rel=1e-5)
 
 
 def spy_on_loss(monkeypatch) -> list[tuple]:
