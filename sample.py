@@ -82,17 +82,20 @@ def sample(model, diffusion, y: Tensor, seed: int, cfg_scale: float, sampler: st
            watch=None, bar=None) -> Iterator[Tensor]:
     """Images of the classes y (N,), uint8 (B, C, H, H) on the CPU, a batch at a time.
 
-    Image i has the noise of image first + i of `seed`, whatever the batch size. `watch(t, xt,
-    x0_hat)` is called after each step, `bar` (a tqdm) counts images x steps.
+    Image i has the noise of image first + i of `seed`, whatever the batch size. After each step
+    `watch(t, xt, x0_hat, made)` gets what the network saw, what it took x0 to be, and what the
+    step made of it; `bar` (a tqdm) counts images x steps.
     """
     shape, device = (model.in_channels, model.input_size, model.input_size), model.pos_embed.device
     make, options = sampler_of(diffusion, sampler, steps, eta)
     for start in range(0, len(y), batch_size):
         labels = y[start : start + batch_size].to(device)
         noise = ImageNoise(seed, first + start, first + start + len(labels), shape, device)
-        for t, xt, x0_hat in make(model, noise("T"), labels, cfg_scale, noise=noise, **options):
+        xt = noise("T")
+        for t, made, x0_hat in make(model, xt, labels, cfg_scale, noise=noise, **options):
             if watch is not None:
-                watch(t, xt, x0_hat)
+                watch(t, xt, x0_hat, made)
+            xt = made
             if bar is not None:
                 bar.update(len(labels))
         yield to_uint8(xt).cpu()
@@ -107,7 +110,7 @@ def parse_label(text: str, class_names: list[str]) -> int:
         return class_names.index(text)
     if text.lower() in DIGITS and str(DIGITS.index(text.lower())) in class_names:
         return class_names.index(str(DIGITS.index(text.lower())))
-    if text.isascii() and text.isdigit() and int(text) < len(class_names):
+    if text.isascii() and text.isdigit() and len(text) < 10 and int(text) < len(class_names):
         return int(text)
     known = ", ".join(printable(n) for n in class_names[:10]) + ", ..." * (len(class_names) > 10)
     raise UserError(f"label {printable(text)!r} is not a class of this model: {known} "
@@ -182,11 +185,11 @@ class Film:
         self.wanted = set(np.linspace(0, steps - 1, min(stills, steps)).round().astype(int))
         self.seen, self.frames, self.first = 0, {}, []
 
-    def __call__(self, t: int, xt: Tensor, x0_hat: Tensor) -> None:
+    def __call__(self, t: int, xt: Tensor, x0_hat: Tensor, made: Tensor) -> None:
         if self.seen < self.steps:              # the first image of the first batch
             self.first.append((t, to_uint8(xt[0]).cpu(), to_uint8(x0_hat[0]).cpu()))
         if (moment := self.seen % self.steps) in self.wanted:
-            self.frames.setdefault(moment, []).append(to_uint8(xt).cpu())
+            self.frames.setdefault(moment, []).append(to_uint8(made).cpu())
         self.seen += 1
 
     def stills(self) -> list[Tensor]:
