@@ -54,6 +54,8 @@ LEAST = 10                      # images: the neighbour metrics look at the 5 ne
 MOST_NEIGHBOURS = 10_000        # images on each side of precision and recall
 MOST_NEAREST = 2_000            # images whose nearest training image is sought
 MOST_BYTES = 4 * 2**30          # in an .npz
+SAMPLING = ("cfg_scale", "sampler", "steps", "eta", "weights", "seeds", "batch_size")
+MEASURING = (*SAMPLING, "images", "json")
 ROWS = {"samples": "samples", "test": "real: test set", "train": "real: part of training set"}
 
 # ---------------------------------------------------------------- images, as the ruler sees them
@@ -397,7 +399,7 @@ def from_checkpoint(a: argparse.Namespace, path: Path, state: dict, device: torc
         with tqdm(total=count * how["steps"] * len(seeds), desc="sampling", unit="image-step",
                   unit_scale=True, dynamic_ncols=True) as bar:
             drawn = [torch.cat(list(sample(model, diffusion, y, seed, **how, bar=bar,
-                                           batch_size=a.batch_size))) for seed in seeds]
+                                           batch_size=a.batch_size or 250))) for seed in seeds]
         about["seconds_sampling"] = round(time.perf_counter() - begun, 1)
         return drawn, y.numpy()
 
@@ -451,12 +453,20 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("evaluate.py runs in one process: torchrun sample.py --npz, then measure "
                         "the .npz")
     if a.train_ruler:
+        check_flags(a, "the images to measure", MEASURING)
         return train_ruler(a, device)
     path = Path(a.images_from) if a.images_from else find_checkpoint(None)
     files = path.suffix.lower() == ".npz" or (os.path.isdir(path) and not checkpoints_in(path))
     if not os.path.exists(path):
         raise UserError(f"{printable(path)} does not exist")
-    check_flags(a, files)
+    if files and os.path.isdir(path) and any(map(checkpoints_in, path.glob("*/"))):
+        raise UserError(f"{printable(path)} is a folder of runs: name one of them")
+    if files:
+        check_flags(a, "a checkpoint", SAMPLING)
+    else:
+        check_flags(a, "an .npz or a folder", ("image_size",))
+    if a.json is not None:
+        check_target(a.json, a.force, ".json")
 
     # The images to measure, the real ones, the ruler
     state = None
@@ -486,15 +496,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def check_flags(a: argparse.Namespace, files: bool) -> None:
-    """Before any work: no flag that would be without effect, and --json may be written."""
-    sampling = ("cfg_scale", "sampler", "steps", "eta", "weights", "seeds")
-    for flag in sampling if files else ("image_size",):
+def check_flags(a: argparse.Namespace, meant_for: str, flags: tuple[str, ...]) -> None:
+    """Before any work: none of these flags, which would be without effect."""
+    for flag in flags:
         if getattr(a, flag) is not None:
-            raise UserError(f"--{flag.replace('_', '-')} is for "
-                            f"{'a checkpoint' if files else 'an .npz or a folder'}")
-    if a.json is not None:
-        check_target(a.json, a.force, ".json")
+            raise UserError(f"--{flag.replace('_', '-')} is for {meant_for}")
 
 
 def train_ruler(a: argparse.Namespace, device: torch.device) -> int:
@@ -536,7 +542,7 @@ def parser() -> Parser:
                    "ddpm")
     g.add_argument("--weights", choices=("ema", "model"),
                    help="the averaged weights or the last ones (default: ema)")
-    g.add_argument("--batch-size", type=BATCH, default=250, metavar="N",
+    g.add_argument("--batch-size", type=BATCH, metavar="N",
                    help="images at a time (default: 250)")
     g = p.add_argument_group("the real images, and the ruler")
     g.add_argument("--dataset", help="mnist, fashion_mnist, cifar10, glyphs or folder:PATH "

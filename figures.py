@@ -341,6 +341,8 @@ def point_of(result: dict) -> dict:
     return dict(source=printable(result["images_from"]), weights=str(result["weights"]),
                 sampler=printable(sampler), steps=int(result["steps"]),
                 guidance=float(result["cfg_scale"]), images=int(rows["samples"]["images"]),
+                seeds=", ".join(str(int(seed)) for seed in result["seeds"]),
+                data=printable(result["data_digest"]),
                 samples={m: float(rows["samples"]["mean"][m]) for m in METRICS},
                 std={m: float((rows["samples"]["std"] or {}).get(m, 0)) for m in METRICS},
                 test={m: float(rows["test"]["mean"][m]) for m in METRICS})
@@ -349,7 +351,8 @@ def point_of(result: dict) -> dict:
 def series_against(points: list[dict], x: str) -> dict[str, list[dict]]:
     """Label -> points that differ in `x` alone, in its order. Against steps a sampler that has one
     number of steps (ddpm) stands as a point beside those with several."""
-    keys = [k for k in ("source", "weights", "images", "sampler", "steps", "guidance") if k != x]
+    keys = [k for k in ("source", "weights", "images", "sampler", "steps", "guidance", "seeds",
+                        "data") if k != x]
     groups = {}
     for p in sorted(points, key=lambda p: p[x]):
         groups.setdefault(tuple(p[k] for k in keys), []).append(p)
@@ -358,7 +361,8 @@ def series_against(points: list[dict], x: str) -> dict[str, list[dict]]:
     several = {beside(key) for key, group in groups.items() if len(group) > 1}
     groups = {key: group for key, group in groups.items() if beside(key) in several}
     varied = [i for i in range(len(keys)) if len({key[i] for key in groups}) > 1]
-    told = {"steps": "{} steps", "guidance": "guidance {:g}", "images": "{:,} images"}
+    told = {"steps": "{} steps", "guidance": "guidance {:g}", "images": "{:,} images",
+            "seeds": "seed {}", "data": "data {}"}
     return {", ".join(told.get(keys[i], "{}").format(key[i]) for i in varied or [place]): group
             for key, group in groups.items()}
 
@@ -402,7 +406,8 @@ def sweep(a: argparse.Namespace, device: torch.device) -> Callable[[Path], None]
         for metric, axes in zip(METRICS, panels, strict=True):
             draw_metric(axes, series, x, metric)
         panels[0].legend(fontsize=8)
-    images = sorted({p["images"] for p in points})
+    images = sorted({p["images"] for _, series in rows for group in series.values()
+                     for p in group})
     figure.suptitle(" or ".join(f"{n:,}" for n in images) + " samples")
     return lambda path: save_figure(path, figure)
 
@@ -418,6 +423,7 @@ def main(argv: list[str] | None = None) -> int:
     check_target(target, a.force, ".png")
     draw = {"forward": forward, "x0hat": x0hat, "block": block, "loss": loss, "sweep": sweep}
     write = draw[a.figure](a, pick_device(getattr(a, "device", "cpu")))
+    target = a.out or next_free(OUTPUT, a.figure, ".png")   # another call may have taken the number
     try:
         write(target)
     except OSError as error:

@@ -77,8 +77,8 @@ def look(ruler: Ruler, images: Tensor, desc: str = "ruler") -> tuple[np.ndarray,
 
 
 def augment(x: Tensor, rng: torch.Generator) -> Tensor:
-    """x (B, C, H, H), each turned by up to 10 degrees, scaled by 10%, shifted by an eighth; what
-    comes in at the border is -1, black."""
+    """x (B, C, H, H), each turned by up to 10 degrees, scaled by up to 10%, shifted by up to a
+    sixteenth of its side; what comes in at the border is -1, black."""
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=rng, device=x.device) * 2 - 1
     angle, scale = uniform(len(x)) * 0.175, 1 + uniform(len(x)) * 0.1

@@ -455,6 +455,10 @@ def test_wrong_files(world, tmp_path):
     says("mnits.* is unknown", good, "--dataset", "mnits")
     says("unrecognized arguments: --image", good, "--image", "5")
     says("--cfg-scale is for a checkpoint", good, *of(world), "--cfg-scale", "2")
+    says("--batch-size is for a checkpoint", good, *of(world), "--batch-size", "2")
+    (tmp_path / "output/001-run").mkdir(parents=True)
+    (tmp_path / "output/001-run/step_0000001.pt").touch()
+    says("output is a folder of runs: name one", tmp_path / "output", *of(world))
     says("ends in .json", good, *of(world), "--json", tmp_path / "x.txt")
     (tmp_path / "x.json").touch()
     says("exists: --force overwrites it", good, *of(world), "--json", tmp_path / "x.json")
@@ -478,6 +482,10 @@ def test_train_ruler_never_overwrites_and_refuses_a_poor_one(world, monkeypatch)
         evaluate.main(["--train-ruler", *of(world)])
     with pytest.raises(UserError, match="leave out the images"):
         evaluate.main(["x.npz", "--train-ruler", *of(world)])
+    for flag, value in [("--cfg-scale", "2"), ("--json", "x.json"), ("--images", "20"),
+                        ("--batch-size", "5")]:
+        with pytest.raises(UserError, match=f"{flag} is for the images to measure"):
+            evaluate.main(["--train-ruler", flag, value, *of(world)])
     monkeypatch.setattr(rulers, "LEAST_STEPS", 2)
     monkeypatch.setitem(rulers.LEAST_ACCURACY, some("train", world).name, 1.0)
     with pytest.raises(UserError, match="100.0% are needed: nothing is written"):

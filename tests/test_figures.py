@@ -172,12 +172,13 @@ def test_the_blocks_texts_do_not_overlap_and_all_six_vectors_are_named(drawn, tm
 # ---------------------------------------------------------------- sweeps
 
 
-def line(cfg_scale=1.0, sampler="ddim", steps=50, eta=0.0, images=1000, std=None, **metrics) -> str:
+def line(cfg_scale=1.0, sampler="ddim", steps=50, eta=0.0, images=1000, std=None, seeds=(0,),
+         data_digest="ab", **metrics) -> str:
     mean = dict(accuracy=0.9, frechet=10.0, precision=0.8, recall=0.7) | metrics
     rows = {"samples": dict(images=images, mean=mean, std=std),
             "test": dict(images=images, mean=dict.fromkeys(mean, 0.5), std=None)}
     return json.dumps(dict(images_from="run", weights="ema", sampler=sampler, steps=steps, eta=eta,
-                           cfg_scale=cfg_scale, rows=rows))
+                           cfg_scale=cfg_scale, seeds=seeds, data_digest=data_digest, rows=rows))
 
 
 def series(axes) -> dict:
@@ -211,6 +212,37 @@ def test_sweep_sorts_the_results_into_lines(sweep_file, drawn):
     assert [axes.get_xlabel() for axes in drawn[1].axes] == ["steps"] * 4
 
 
+def test_a_sweep_tells_apart_what_is_not_the_same_measurement(tmp_path, drawn):
+    """Other seeds, other data, another number of images: neither replaced nor joined, and the title
+    speaks of what is drawn alone."""
+    lines = [line(1.0, frechet=1), line(2.0, frechet=2), line(2.0, frechet=7, seeds=(0, 1)),
+             line(2.0, frechet=8, data_digest="cd"), line(2.0, frechet=9, images=10_000)]
+    (tmp_path / "e.jsonl").write_text("\n".join(lines))
+    assert run("sweep", tmp_path / "e.jsonl", "--out", tmp_path / "s.png") == 0
+    assert list(series(drawn[0].axes[1]).values()) == [[(1, 1), (2, 2)]]
+    assert drawn[0].get_suptitle() == "1,000 samples"
+    lines += [line(1.0, frechet=6, seeds=(0, 1)), line(1.0, frechet=5, data_digest="cd")]
+    (tmp_path / "e.jsonl").write_text("\n".join(lines))
+    assert run("sweep", tmp_path / "e.jsonl", "--out", tmp_path / "t.png") == 0
+    assert series(drawn[1].axes[1]) == {
+        "seed 0, data ab": [(1, 1), (2, 2)], "seed 0, 1, data ab": [(1, 6), (2, 7)],
+        "seed 0, data cd": [(1, 5), (2, 8)]}
+
+
+def test_a_name_that_is_taken_meanwhile_is_not_overwritten(train, monkeypatch):
+    honest = figures.forward
+
+    def forward(*a):
+        Path("output").mkdir(exist_ok=True)
+        Path("output/forward-001.png").write_text("another's")
+        return honest(*a)
+
+    monkeypatch.setattr(figures, "forward", forward)
+    assert run("forward", *GLYPHS, "--times", 5) == 0
+    assert Path("output/forward-001.png").read_text() == "another's"
+    assert Image.open("output/forward-002.png").format == "PNG"
+
+
 def test_a_sweep_is_read_from_what_evaluate_writes(tmp_path, drawn):
     def seen(seed: int, count: int) -> evaluate.Seen:
         rng = np.random.default_rng(seed)
@@ -222,7 +254,7 @@ def test_a_sweep_is_read_from_what_evaluate_writes(tmp_path, drawn):
         found = evaluate.report([seen(1, 40)], {"train": seen(2, 100), "test": seen(3, 40)}, names,
                                 0, torch.device("cpu"))
         about = dict(images_from="run", weights="ema", sampler="ddim", steps=5, eta=0.0,
-                     cfg_scale=scale)
+                     cfg_scale=scale, seeds=[0], data_digest="ab")
         evaluate.keep(about | found, None, tmp_path, print)
     assert run("sweep", tmp_path / "evaluations.jsonl", "--out", tmp_path / "s.png") == 0
     assert list(series(drawn[0].axes[0]).values()) == [[(1, 1), (3, 1)]]
