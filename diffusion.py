@@ -12,7 +12,8 @@ Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models" (DDPM), arXiv 2006
 x0 is a clean image in [-1, 1], eps is standard normal noise, xt the mixture of both, `_hat` marks
 the network's estimates. beta_t is the noise added at step t, alpha_bar_t the product of all
 (1 - beta_s) up to and including s = t: the share of the image's variance that is left.
-Timesteps are t = 0..999: t = 0 is the least noisy image, and the step from t = 0 adds no noise.
+Timesteps are t = 0..999, the paper's 1..1000 less one: t = 0 is the least noisy image, x_{-1} is
+x0 itself, and the step from t = 0 adds no noise.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 # What the output of the network means: (output, xt, a, s) -> (x0_hat, eps_hat), where
-# a = sqrt(alpha_bar_t), s = sqrt(1 - alpha_bar_t) and so xt = a x0 + s eps.
+# a = sqrt(alpha_bar_t), s = sqrt(1 - alpha_bar_t) and so xt = a x0 + s eps. v = a eps - s x0 is its
+# partner: since a^2 + s^2 = 1, a xt - s v = x0 and s xt + a v = eps. The training here predicts v.
 PREDICTIONS: dict[str, Callable] = {
     "eps": lambda out, xt, a, s: ((xt - s * out) / a, out),                  # DDPM, DiT
     "v": lambda out, xt, a, s: (a * xt - s * out, s * xt + a * out),         # arXiv 2202.00512
@@ -84,7 +86,8 @@ class GaussianDiffusion:
         DDPM eq. 14 ("simple" loss) where the output is eps. All shapes as in `q_sample`; y (B,).
         """
         a, s = self.at("sqrt_alpha_bar", t), self.at("sqrt_one_minus_alpha_bar", t)
-        out = model(self.q_sample(x0, t, eps), t, y)[:, : x0.shape[1]]
+        out = model(self.q_sample(x0, t, eps), t, y)
+        out = out[:, : x0.shape[1]]     # without the variances that a learn_sigma model adds
         target = TARGETS[self.prediction](x0, eps, a, s)
         return (out.float() - target).square().mean(dim=(1, 2, 3))
 

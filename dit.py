@@ -2,7 +2,7 @@
 
 Peebles & Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748. Given a noisy
 image, its timestep and its class, the network predicts (say) the noise. `python dit.py` prints
-this table for a small MNIST model and checks every line of it:
+and checks these shapes for DiT-Nano/4, patches of 4 x 4 pixels:
 
     xt                       (B, 1, 28, 28)      t (B,), y (B,)
       patchify               (B, 49, 16)           -> embeddings -> sum:  c (B, D)
