@@ -76,12 +76,17 @@ def shared(state: dict) -> dict:
 # ---------------------------------------------------------------- reading
 
 
+class Damaged(UserError):
+    """A file whose bytes are wrong, whoever reads it and whenever."""
+
+
 def read_archive(path: Path) -> object:
     """The content of a file that torch.save wrote, on the CPU; no code in it is run.
 
-    Raises UserError where the file is missing, no such archive, damaged in any byte, claims
-    tensors larger than itself, or is a pickle that asks for more than tensors and plain values
-    (argparse.Namespace, which the published training checkpoints hold, aside).
+    Raises UserError where the file is missing or cannot be read; Damaged where it is no such
+    archive, damaged in any byte, claims tensors larger than itself, or is a pickle that asks for
+    more than tensors and plain values (argparse.Namespace, which the published training
+    checkpoints hold, aside).
     """
     name = printable(path)
     try:
@@ -89,21 +94,23 @@ def read_archive(path: Path) -> object:
             raise UserError(f"{name} is not a file" if os.path.exists(path) else
                             f"{name} does not exist")
         if not zipfile.is_zipfile(path):
-            raise UserError(f"{name} is no checkpoint: not a zip archive as torch.save writes it, "
-                            f"or cut short (bare pickles are not read, for they can run code)")
+            raise Damaged(f"{name} is no checkpoint: not a zip archive as torch.save writes it, "
+                          f"or cut short (bare pickles are not read, for they can run code)")
         with warnings.catch_warnings(), torch.serialization.safe_globals([Namespace]):
             warnings.simplefilter("ignore")         # one line, and it is ours
             with zipfile.ZipFile(path) as archive:
                 _check_archive(archive, os.path.getsize(path))
             return torch.load(path, map_location="cpu", weights_only=True)
     except _Wrong as wrong:
-        raise UserError(f"{name} is refused: {printable(wrong)}") from None
+        raise Damaged(f"{name} is refused: {printable(wrong)}") from None
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{name} cannot be read: {printable(error.strerror or error)}") from None
     except Exception as error:      # zipfile, pickle and torch raise a dozen types on bad bytes
-        raise UserError(f"{name} is damaged or no checkpoint ({type(error).__name__})") from None
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            raise UserError(f"{name} cannot be read: out of memory") from None
+        raise Damaged(f"{name} is damaged or no checkpoint ({type(error).__name__})") from None
 
 
 class _Wrong(Exception):
@@ -202,7 +209,7 @@ def _valid(state: object, path: Path, full: bool) -> dict:
             for key, kind in _SCALER.items() if scaler else ():
                 _get(scaler, key, kind, "scaler", lambda v: 0 <= v < 2**31)
     except _Wrong as wrong:
-        raise UserError(f"{name} is not a valid checkpoint: {printable(wrong)}") from None
+        raise Damaged(f"{name} is not a valid checkpoint: {printable(wrong)}") from None
     return state
 
 

@@ -24,20 +24,28 @@ from cli import UserError, printable
 # ---------------------------------------------------------------- devices and number formats
 
 
+def fastest_device() -> str:
+    """cuda, else mps, else cpu."""
+    return ("cuda" if torch.cuda.is_available() else
+            "mps" if torch.backends.mps.is_available() else "cpu")
+
+
 def pick_device(name: str | None) -> torch.device:
-    """cuda, else mps, else cpu; or the one that is named. UserError where it is not there."""
-    if name is None:
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
+    """The device that is named, else the fastest. UserError where it is not there."""
+    name = fastest_device() if name is None else name
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+    except torch.OutOfMemoryError:
+        raise                           # it is there, and full
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {printable(name)} is not available here: use cpu"
                         + (", cuda" if torch.cuda.is_available() else "")
                         + (" or mps" if torch.backends.mps.is_available() else "")) from None
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {printable(name)} cannot train: use cpu, cuda or mps")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)   # synchronize() and the like mean the current one
     return device
 
 
@@ -87,26 +95,27 @@ class Ranks:
     device: torch.device
     rank: int = 0
     world: int = 1
+    local: int = 0                          # among those of one machine
     module: nn.Module | None = None         # set by wrap, where there are several
 
     @classmethod
     def join(cls, device_name: str | None) -> "Ranks":
         """Read torchrun's environment; nccl for tensors on GPUs, gloo for those on CPUs."""
         world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        device = pick_device(device_name)
         if world == 1:
-            return cls(device)
-        if device.type == "cuda":
-            local = int(os.environ.get("LOCAL_RANK", 0))
+            return cls(pick_device(device_name))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        device_name = fastest_device() if device_name is None else device_name
+        if device_name.split(":")[0] == "cuda" and torch.cuda.is_available():
             if local >= torch.cuda.device_count():
                 raise UserError(f"process {local} of this machine has no GPU: it has "
                                 f"{torch.cuda.device_count()}; use that --nproc_per_node")
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
-        elif device.type == "mps":
+            device_name = f"cuda:{local}"       # from the start: no process touches another's GPU
+        device = pick_device(device_name)
+        if device.type == "mps":
             raise UserError("several processes cannot share mps: use --device cpu")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        return cls(device, rank, world)
+        return cls(device, rank, world, local)
 
     def leave(self) -> None:
         if self.world > 1:
@@ -157,10 +166,18 @@ class Ranks:
         return number
 
     def from_rank_0(self, make: Callable):
-        """make() on rank 0, its (picklable) result on all."""
-        box = [make() if self.rank == 0 else None]
-        if self.world > 1:
-            dist.broadcast_object_list(box, device=torch.device("cpu"))
+        """make() on rank 0, its (picklable) result on all; a UserError, too."""
+        if self.world == 1:
+            return make()
+        box = [None, None]              # the result; what the user did wrong, and the exit status
+        if self.rank == 0:
+            try:
+                box[0] = make()
+            except UserError as error:
+                box[1] = str(error), error.status
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+        if box[1] is not None:
+            raise UserError(*box[1])
         return box[0]
 
     def gather_parts(self, parts: list[Tensor]) -> Tensor | None:
@@ -190,8 +207,11 @@ class Ranks:
 
 
 def check_compiler(device: torch.device) -> None:
-    """torch.compile needs a C++ compiler for the CPU, and Triton for a GPU."""
+    """torch.compile needs a C++ compiler for the CPU, Triton and a C compiler for a GPU."""
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++", "cl"))):
         raise UserError("--compile needs a C++ compiler (g++ or clang++) on the CPU")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise UserError("--compile needs the package triton on a GPU")
+    if device.type == "cuda" and not ("CC" in os.environ or any(map(shutil.which, ("gcc", "clang")))
+                                      or os.name == "nt"):
+        raise UserError("--compile needs a C compiler (gcc or clang) on a GPU")

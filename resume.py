@@ -14,6 +14,7 @@ from runs import (
     atomic_write,
     begun,
     checkpoints_in,
+    half_written,
     holds_run,
     lock_folder,
     newest_run,
@@ -22,7 +23,8 @@ from runs import (
 
 
 def resumed(given: dict, output: Path, ranks: Ranks) -> tuple:
-    """(lock, folder, state) of the run that --resume means; only rank 0 asks.
+    """(lock, folder, source, state) of the run that --resume means; only rank 0 asks. source is
+    the folder that the run comes from: another one where it branches off.
 
     state is None where the run was stopped before its first checkpoint. Raises UserError.
     """
@@ -42,24 +44,29 @@ def resumed(given: dict, output: Path, ranks: Ranks) -> tuple:
     lock = lock_folder(folder)
     state = newest_whole(folder, ranks)
     if state is None:
-        if (folder / "metrics.jsonl").exists():
-            raise UserError(f"{printable(folder)} has a record of losses but no checkpoint to "
-                            f"resume from: another --out starts a new run")
+        for name, what in [("metrics.jsonl", "a record of losses"), ("config.json", "a config")]:
+            if (folder / name).exists():        # written after the first checkpoint
+                raise UserError(f"{printable(folder)} has {what} but no checkpoint to resume "
+                                f"from: another --out starts a new run")
         ranks.say(f"{folder} has no checkpoint yet: starting at step 0")
-    else:
-        take_up(folder, folder, state, ranks)
-    return lock, folder, state
+    return lock, folder, folder, state
 
 
 def newest_whole(folder: Path, ranks: Ranks) -> dict | None:
-    """The newest checkpoint of a folder that can be read; damaged ones are told and put aside."""
+    """The newest checkpoint of a folder that is whole; damaged ones are told, and put aside once
+    there is one before them. One that cannot be read for another reason ends the search."""
+    damaged = []
     for path in reversed(checkpoints_in(folder)):
         try:
-            return checkpoints.load(path, full=True)
-        except UserError as error:
+            state = checkpoints.load(path, full=True)
+        except checkpoints.Damaged as error:
             ranks.warn(f"{error}; taking the checkpoint before it")
-            path.rename(path.with_name(path.name + ".damaged"))
-    if any(folder.glob("*.damaged")):
+            damaged.append(path)
+            continue
+        for bad in damaged:
+            bad.rename(bad.with_name(bad.name + ".damaged"))
+        return state
+    if damaged or any(folder.glob("*.damaged")):
         raise UserError(f"no checkpoint in {folder} is whole")
     return None
 
@@ -68,10 +75,18 @@ def from_file(path: Path, out: Path | None, ranks: Ranks) -> tuple:
     """--resume FILE: go on in its folder, or branch off into a new --out."""
     state = checkpoints.load(path, full=True)
     folder = out or path.parent
-    if folder.resolve() != path.parent.resolve():
+    if folder.resolve() == path.parent.resolve():
+        if path not in checkpoints_in(path.parent) or not (path.parent / "lock").is_file():
+            raise UserError(f"{printable(path)} does not lie in a run's folder: --out DIR names a "
+                            f"new one to go on in")
+    else:
         if folder.is_dir() and holds_run(folder):
             raise UserError(f"{folder} already holds a run: give a new --out to branch off from "
                             f"{path}")
+        if folder.is_dir() and any(p.name != "lock" and not half_written(p)
+                                   for p in folder.iterdir()):
+            raise UserError(f"{printable(folder)} is not empty: give a new --out to branch off "
+                            f"from {printable(path)}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -81,18 +96,17 @@ def from_file(path: Path, out: Path | None, ranks: Ranks) -> tuple:
     if later:
         raise UserError(f"{folder} holds later work ({later[-1].name}): give a new --out to branch "
                         f"off from {path}")
-    take_up(folder, path.parent, state, ranks)
-    return lock, folder, state
+    return lock, folder, path.parent, state
 
 
-def take_up(folder: Path, source: Path, state: dict, ranks: Ranks) -> None:
-    """Cut the record at the checkpoint's step, and clear what a kill left half-written."""
-    ranks.say(f"resuming {folder} at step {state['step']:,}")
+def take_up(folder: Path, source: Path, start: int, ranks: Ranks) -> None:
+    """Cut the record at the step of the checkpoint, and clear what a kill left half-written. Once
+    all else about the resumed run is known to be right."""
+    ranks.say(f"resuming {folder} at step {start:,}")
     try:
-        for stale in folder.glob(".*.tmp"):
+        for stale in filter(half_written, folder.glob(".*.tmp")):
             stale.unlink(missing_ok=True)
-        rows = {r["step"]: r for r in read_metrics(source / "metrics.jsonl")
-                if r["step"] <= state["step"]}
+        rows = {r["step"]: r for r in read_metrics(source / "metrics.jsonl") if r["step"] <= start}
         text = "".join(json.dumps(rows[step]) + "\n" for step in sorted(rows))
         atomic_write(folder / "metrics.jsonl", lambda file: file.write(text.encode()))
     except OSError as error:

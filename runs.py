@@ -90,11 +90,11 @@ def open_folder(out: str | None, parent: Path, label: str) -> tuple:
     return folder, lock
 
 
-def write_first(folder: Path, config: dict, save: Callable[[int], None] | None) -> None:
-    """The checkpoint of step 0, for a new run, and the config for people to read."""
+def write_first(folder: Path, config: dict, save: Callable[[], None] | None) -> None:
+    """The checkpoint that a run starts from, unless it is there, and the config for people."""
     try:
         if save is not None:
-            save(0)
+            save()
         text = json.dumps(config, indent=1) + "\n"
         atomic_write(folder / "config.json", lambda file: file.write(text.encode()))
     except OSError as error:
@@ -109,8 +109,9 @@ def holds_run(folder: Path) -> bool:
 def newest_run(parent: Path) -> Path | None:
     """The run folder under `parent` that was written last; an empty one counts if it is numbered,
     for a kill may have struck right after it was made."""
-    def written(folder: Path) -> float:
-        return max([p.stat().st_mtime for p in [folder, *folder.glob("step_*.pt")]])
+    def written(folder: Path) -> float:         # not its own time, which evaluating it changes
+        found = [*folder.glob("step_*.pt"), *folder.glob("metrics.jsonl")]
+        return max(p.stat().st_mtime for p in found or [folder])
     runs = [p for p in parent.iterdir() if begun(p) and (
         any(p.iterdir()) or re.match(r"\d{3,}-", p.name))] if parent.is_dir() else []
     return max(runs, key=written, default=None)
@@ -119,7 +120,13 @@ def newest_run(parent: Path) -> Path | None:
 def begun(folder: Path) -> bool:
     """Does it hold a run, or the start of one that was killed before its first checkpoint?"""
     return folder.is_dir() and (holds_run(folder) or (folder / "lock").is_file()
-                                or all(p.suffix == ".tmp" for p in folder.iterdir()))
+                                or all(map(half_written, folder.iterdir())))
+
+
+def half_written(path: Path) -> bool:
+    """Is it what a kill left of `atomic_write` in a run's folder?"""
+    return bool(re.fullmatch(r"\.(step_\d+\.pt|\w+\.jsonl|config\.json|loss\.png)\.\d+\.tmp",
+                             path.name))
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

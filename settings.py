@@ -144,7 +144,7 @@ def parser(description: str = __doc__) -> Parser:
     add(g, "--clip", "largest norm of the gradient, 0 for any", type=number(float, 0))
     add(g, "--ema-decay", "of the averaged weights, per step", type=number(float, 0, 1, True))
     g = p.add_argument_group("speed")
-    add(g, "--precision", "of the matrix products: auto, bf16, fp16 or fp32",
+    add(g, "--precision", "of the matrix products: auto, bf16, fp16 or fp32 (TF32 on a GPU)",
         choices=("auto", "bf16", "fp16", "fp32"))
     add(g, "--compile", "torch.compile the model; the first step takes a minute (default: off)",
         action=argparse.BooleanOptionalAction)

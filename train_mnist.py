@@ -24,7 +24,7 @@ from cli import UserError, cli, generator, mix_seed, printable
 from diffusion import GaussianDiffusion
 from dit import MODELS, DiT
 from ranks import Ranks, check_compiler, pick_precision, under_autocast
-from resume import restore, resumed
+from resume import restore, resumed, take_up
 from runs import Run, loss_curve, open_folder, write_first
 from settings import checked_recipe, fitting, parser, recipe_of, resolve
 
@@ -124,12 +124,18 @@ def main(argv: list[str] | None = None) -> int:
     device = ranks.device
 
     # Values, and the checkpoint they may come from
-    lock, folder, state, start_from = None, None, None, None
-    if ranks.rank == 0 and "resume" in given:
-        lock, folder, state = resumed(given, OUTPUT, ranks)
-    if ranks.rank == 0 and "init_from" in given:
-        start_from = checkpoints.read_any(Path(given["init_from"]))
-    state, start_from = ranks.from_rank_0(lambda: (state, start_from))
+    lock, folder, source = None, None, None
+
+    def origin() -> tuple:
+        nonlocal lock, folder, source
+        state, start_from = None, None
+        if "resume" in given:
+            lock, folder, source, state = resumed(given, OUTPUT, ranks)
+        if "init_from" in given:
+            start_from = checkpoints.read_any(Path(given["init_from"]))
+        return state, start_from
+
+    state, start_from = ranks.from_rank_0(origin)
     s = resolve(given, device.type, state and state["config"]["recipe"],
                 inherited(start_from), ranks.say)
     ranks.check_batch(s.batch_size, s.grad_accum)
@@ -145,6 +151,9 @@ def main(argv: list[str] | None = None) -> int:
     if state and {**state["config"]["data"], "dataset": images.name} != about_data:
         raise UserError(f"the data set is not the one of the checkpoint: {about_data} here, "
                         f"{printable(state['config']['data'])} there")
+    if (first := ranks.from_rank_0(lambda: about_data)) != about_data:
+        raise UserError(f"process {ranks.rank} has other data than process 0: {about_data} here, "
+                        f"{first} there")
 
     # Model, its average, diffusion, optimizers
     model_args = dict(MODELS[s.model], input_size=size, in_channels=channels,
@@ -178,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")                  # TF32
 
-    # The run's folder, with a checkpoint of step 0, so that a kill at any moment can be resumed
+    # The run's folder, with a checkpoint of its start, so that a kill at any moment can be resumed
     config = dict(model=model_args, diffusion=DIFFUSION, prediction=s.prediction, data=about_data,
                   recipe=recipe_of(s), sampling=SAMPLING)
 
@@ -189,10 +198,17 @@ def main(argv: list[str] | None = None) -> int:
             scaler=scaler.state_dict()))
         checkpoints.keep_last(folder, s.keep)
 
-    if ranks.rank == 0:
+    def begin() -> Path:
+        nonlocal lock, folder
         if folder is None:
             folder, lock = open_folder(s.out, OUTPUT, f"{images.name}-{s.model}")
-        write_first(folder, config, save if start == 0 else None)
+        here = (folder / f"step_{start:07d}.pt").exists()
+        write_first(folder, config, None if here else lambda: save(start))
+        if state:
+            take_up(folder, source, start, ranks)
+        return folder
+
+    folder = ranks.from_rank_0(begin)
     stop = min(s.steps, start + (s.stop_after or s.steps))
     parameters = sum(p.numel() for p in model.parameters())
     ranks.say(
@@ -219,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
                         f"{2 * s.grad_accum} makes the same update in smaller parts") from None
     ranks.leave()
     del lock
-    return farewell(run, ranks, time.perf_counter() - begun)
+    return farewell(run, ranks, time.perf_counter() - begun, s.device)
 
 
 def inherited(start_from) -> dict:
@@ -232,7 +248,8 @@ def inherited(start_from) -> dict:
 
 def load_data(s: argparse.Namespace, ranks: Ranks, named: bool):
     """(the images, the data set's name). Glyphs, with a banner, where the user named no data and
-    MNIST is not to be had. Rank 0 looks, and downloads, before the others."""
+    MNIST is not to be had. Rank 0 looks, and downloads, before the others; then one process of
+    each further machine."""
     found = None
 
     def fetch() -> str:
@@ -248,6 +265,9 @@ def load_data(s: argparse.Namespace, ranks: Ranks, named: bool):
         return s.dataset
 
     dataset = ranks.from_rank_0(fetch)
+    if found is None and ranks.local == 0:
+        found = data_sets.load(dataset, s.data_dir, s.image_size)
+    ranks.largest(0)            # all wait for these
     return found or data_sets.load(dataset, s.data_dir, s.image_size), dataset
 
 
@@ -269,7 +289,7 @@ def previewer(folder: Path | None, ema: DiT, diffusion: GaussianDiffusion, seed:
     return preview
 
 
-def farewell(run: Run, ranks: Ranks, seconds: float) -> int:
+def farewell(run: Run, ranks: Ranks, seconds: float, device: str | None) -> int:
     """The last words of a run, and its exit status."""
     stopped = run.signals.received
     if ranks.rank == 0:
@@ -281,7 +301,8 @@ def farewell(run: Run, ranks: Ranks, seconds: float) -> int:
                   f"{run.loss:.4f}; saved: {newest}")
         if run.recorded < run.total:
             ranks.say(f"stopped at step {run.recorded:,} of {run.total:,}; to go on: " + shlex.join(
-                ["python", "train_mnist.py", "--resume", "--out", str(run.folder)]))
+                ["python", "train_mnist.py", "--resume", "--out", str(run.folder),
+                 *(["--device", device] if device else [])]))
         elif (curve := loss_curve(run.folder)) is not None:
             ranks.say(f"loss curve: {curve}")
         if not stopped:

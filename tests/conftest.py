@@ -15,9 +15,11 @@ torch.set_num_threads(1)
 import checkpoints  # noqa: E402
 import data  # noqa: E402
 import dit  # noqa: E402
+import ranks  # noqa: E402
 import train_mnist  # noqa: E402
 
 TINY = "DiT-Test/7"
+ALONE = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}    # a process that a test starts
 FAST = ("--dataset", "glyphs", "--model", TINY, "--batch-size", "8", "--log-every", "5",
         "--preview-every", "1000", "--save-every", "1000", "--warmup", "2")
 
@@ -35,6 +37,13 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "long" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="a long test: pytest --long runs it"))
+
+
+@pytest.fixture(autouse=True)
+def without_gpu(request, monkeypatch):
+    """Nothing picks a GPU by itself, where there is one, but in the tests named for it."""
+    if "gpu" not in request.node.name:
+        monkeypatch.setattr(ranks, "fastest_device", lambda: "cpu")
 
 
 @pytest.fixture
@@ -64,7 +73,7 @@ def checkpoint(train):
 
 def command(*words, cwd, **options) -> subprocess.Popen:
     """A script of the project as a user runs it: its own process, one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "100",
+    environment = {**os.environ, **ALONE, "PYTHONUNBUFFERED": "1", "COLUMNS": "100",
                    **options.pop("env", {})}
     words = [str(w) for w in words]
     return subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=cwd, text=True,

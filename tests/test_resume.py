@@ -303,6 +303,92 @@ def test_weights_that_do_not_fit_at_all_are_refused(train):
 # ---------------------------------------------------------------- nothing is lost
 
 
+def files(folder) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def test_resume_touches_nothing_but_a_run_of_its_own(train, checkpoint):
+    """A checkpoint in a folder of somebody's other files: neither cleared nor written into."""
+    mine = {".vim.swap.tmp": "draft", "metrics.jsonl": "mine\n", "config.json": "{}"}
+    for folder in ("downloads", "busy"):
+        Path(folder).mkdir()
+        for name, text in mine.items():
+            Path(folder, name).write_text(text)
+    Path("busy/metrics.jsonl").unlink()
+    Path("busy/config.json").unlink()
+    for name in ("ck.pt", "step_0000003.pt"):
+        shutil.copy(checkpoint, Path("downloads", name))
+    before = files("downloads") | files("busy")
+    for name in ("ck.pt", "step_0000003.pt"):
+        with pytest.raises(UserError, match=f"{name} does not lie in a run's folder: --out"):
+            train("--resume", f"downloads/{name}", "--steps", 5)
+    with pytest.raises(UserError, match="busy is not empty"):
+        train("--resume", checkpoint, "--steps", 5, "--out", "busy")
+    assert files("downloads") | files("busy") == before
+    assert train("--resume", "downloads/ck.pt", "--steps", 5, "--out", "branch") == 0
+    Path("run/.vim.swap.tmp").write_text("draft")
+    Path("run/.step_0000004.pt.77.tmp").write_text("half")
+    train("--resume", "--out", "run", "--steps", 5)
+    assert Path("run/.vim.swap.tmp").exists() and not Path("run/.step_0000004.pt.77.tmp").exists()
+
+
+def test_a_config_without_a_checkpoint_is_no_run_of_ours(train):
+    Path("web").mkdir()
+    Path("web/config.json").write_text("precious")
+    with pytest.raises(UserError, match="web has a config but no checkpoint"):
+        train("--resume", "--out", "web")
+    assert Path("web/config.json").read_text() == "precious"
+
+
+def test_a_branch_can_be_resumed_from_its_first_moment(train, monkeypatch):
+    train("--steps", 9, "--out", "straight", "--save-every", 3)
+
+    def killed(*_):
+        raise RuntimeError("as if killed")
+
+    with pytest.raises(UserError, match="--lr 3.0 differs"):
+        train("--resume", "straight/step_0000003.pt", "--out", "branch", "--lr", 3)
+    with monkeypatch.context() as m:
+        m.setattr(train_mnist, "train", killed)
+        with pytest.raises(RuntimeError):
+            train("--resume", "straight/step_0000003.pt", "--out", "branch")
+    assert train("--resume", "--out", "branch") == 0
+    assert same_run("straight", "branch")
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), OSError(5, "EIO")])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_put_aside(train, checkpoint, monkeypatch,
+                                                               error):
+    def load(*_, **__):
+        raise error
+
+    before = files("run")
+    with monkeypatch.context() as m:
+        m.setattr(torch, "load", load)
+        with pytest.raises(UserError, match="cannot be read"):
+            train("--resume", "--out", "run", "--steps", 5)
+    assert files("run") == before
+
+
+def test_a_run_that_was_evaluated_is_not_the_newest_for_that(train, capsys):
+    for name in ("001-a", "002-b"):
+        train("--steps", 4, "--stop-after", 2, "--out", f"output/{name}")
+    for path in Path("output").glob("*/*"):
+        os.utime(path, (1e9, 1e9 + int("002-b" in str(path))))
+    Path("output/001-a/evaluations.jsonl").write_text("{}\n")
+    capsys.readouterr()
+    train("--resume")
+    assert "resuming output/002-b" in capsys.readouterr().out
+
+
+def test_the_command_to_go_on_names_the_device_that_was_given(train, capsys):
+    train("--steps", 4, "--stop-after", 2, "--out", "run", "--device", "cpu")
+    assert "--resume --out run --device cpu\n" in capsys.readouterr().out
+    train("--steps", 4, "--stop-after", 2, "--out", "other")
+    assert "--resume --out other\n" in capsys.readouterr().out
+
+
 def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_taken(train, capsys):
     train("--steps", 9, "--out", "straight", "--save-every", 3)
     train("--steps", 9, "--out", "run", "--save-every", 3)

@@ -321,9 +321,13 @@ def test_help_names_every_default(capsys):
     with pytest.raises(SystemExit):
         parser().parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
+    assert "length of the run and of its schedules, in steps (default: 12000 on a GPU, 4000" in text
+    told = {action.dest: action.help for action in parser()._actions}
     for key in DEFAULTS | PRESETS["gpu"]:
-        assert f"--{key.replace('_', '-')}" in text, key
-    assert "12000 on a GPU" in text or "on a GPU" in text
+        gpu, cpu = (PRESETS[name].get(key, DEFAULTS.get(key)) for name in ("gpu", "cpu"))
+        default = gpu if gpu == cpu else f"{gpu} on a GPU, {cpu} on a CPU"
+        default = {"image_size": "the data set's; 32", "compile": "off"}.get(key, default)
+        assert f"(default: {default}" in told[key], key
 
 
 # ---------------------------------------------------------------- what a run writes
