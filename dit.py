@@ -280,10 +280,11 @@ _SIZES = {                              # hidden_size, depth, num_heads
     "L": (1024, 24, 16),
     "B": (768, 12, 12),
     "S": (384, 12, 6),
-    "Mini": (256, 6, 4),                # Mini and Nano: this project's, for digits
+    "Mini": (256, 6, 4),                # Mini, Micro and Nano: this project's, for digits
+    "Micro": (192, 5, 3),
     "Nano": (128, 4, 2),
 }
-_PATCHES = {"Mini": (2, 4, 7), "Nano": (2, 4, 7)}       # the paper's sizes: 2, 4, 8
+_PATCHES = dict.fromkeys(("Mini", "Micro", "Nano"), (2, 4, 7))      # the paper's sizes: 2, 4, 8
 
 MODELS = {
     f"DiT-{size}/{p}": dict(patch_size=p, hidden_size=width, depth=depth, num_heads=heads)
