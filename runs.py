@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cli import Parser, UserError, cli, generator, mix_seed, number, printable  # noqa: F401
-from ranks import Ranks, pick_device, pick_precision, under_autocast  # noqa: F401
+from cli import UserError
+from ranks import Ranks
 
 # ---------------------------------------------------------------- signals
 
