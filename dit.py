@@ -1,15 +1,16 @@
-"""The network: a Diffusion Transformer (DiT) with adaLN-Zero blocks.   [read this second]
+"""The network: a Diffusion Transformer (DiT) with adaLN-Zero blocks.
 
 Peebles & Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748. Given a noisy
-image, its timestep and its class, the network predicts (say) the noise. `python dit.py` prints
-and checks these shapes for DiT-Nano/4, patches of 4 x 4 pixels:
+image, its timestep and its class, the network predicts the noise, the clean image, or a mixture
+of both (diffusion.py). `python dit.py` prints and checks these shapes for DiT-Nano/4, whose
+patches have 4 x 4 pixels:
 
-    xt                       (B, 1, 28, 28)      t (B,), y (B,)
-      patchify               (B, 49, 16)           -> embeddings -> sum:  c (B, D)
-      x_embedder + pos_embed (B, 49, D)                                   |
-      blocks[0] ... [depth-1](B, 49, D)           <-- shift, scale, gate -+
-      final_layer            (B, 49, 16)          <-- shift, scale -------+
-      unpatchify             (B, 1, 28, 28)
+    xt                         (B, 1, 28, 28)      t (B,), y (B,)
+      patchify                 (B, 49, 16)           -> embeddings -> sum:  c (B, D)
+      x_embedder + pos_embed   (B, 49, D)                                   |
+      blocks[0] ... [depth-1]  (B, 49, D)           <-- shift, scale, gate -+
+      final_layer              (B, 49, 16)          <-- shift, scale -------+
+      unpatchify               (B, 1, 28, 28)
 
 Legend: B batch, C channels, H image side, P patch side, N = (H/P)^2 tokens, D width.
 Parameter names are those of the published code, so its weights load unchanged.
@@ -49,8 +50,9 @@ def unpatchify(tokens: Tensor, p: int, C: int) -> Tensor:
 class PatchEmbed(nn.Module):
     """A linear map of each token (B, N, p*p*C) to the width D: (B, N, D).
 
-    The published code does the same with a strided convolution, so the weight keeps that shape,
-    (D, C, p, p); it is permuted to the token's order (row, column, channel) where it is used.
+    The published code writes this map as a convolution whose kernel and stride are p. Its weight
+    keeps that shape, (D, C, p, p), so that published weights load; `forward` reorders it to the
+    (row, column, channel) of a token.
     """
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
@@ -62,7 +64,7 @@ class PatchEmbed(nn.Module):
         return F.linear(tokens, weight, self.proj.bias)
 
 
-# ---------------------------------------------------------------- embeddings of place, time, class
+# ---------------------------------------------------------------- position, timestep, class
 
 
 def sincos_1d(pos: Tensor, dim: int) -> Tensor:
@@ -76,24 +78,25 @@ def sincos_1d(pos: Tensor, dim: int) -> Tensor:
 
 
 def sincos_2d(hidden_size: int, side: int) -> Tensor:
-    """Fixed positions of a side x side grid in reading order: (1, side*side, D), float32.
+    """Embeddings of the positions of a side x side grid, in reading order: (1, N, D), float32.
 
-    The first half of the D numbers encodes the column (W), the second half the row (H): the
-    order of the published weights.
+    Without them attention could not tell patches apart by position. The first half of the D
+    numbers encodes the column (W), the second half the row (H), as in the published weights.
     """
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    halves = [sincos_1d(place.flatten(), hidden_size // 2) for place in (column, row)]
+    halves = [sincos_1d(pos.flatten(), hidden_size // 2) for pos in (column, row)]
     return torch.cat(halves, dim=1).float().unsqueeze(0)
 
 
 class TimestepEmbedder(nn.Module):
     """Timesteps (B,) -> 256 sinusoids -> a two-layer MLP: (B, D). DiT appendix A."""
 
-    def __init__(self, hidden_size: int, num_frequencies: int = 256):
+    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256):
         super().__init__()
-        half = num_frequencies // 2
+        half = frequency_embedding_size // 2
         self.mlp = nn.Sequential(
-            nn.Linear(num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
         )
         freqs = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
         self.register_buffer("freqs", freqs, persistent=False)
@@ -118,7 +121,8 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, every token to every token: (B, N, D) -> (B, N, D)."""
+    """Multi-head self-attention, (B, N, D) -> (B, N, D): the only place where tokens exchange
+    information. Each collects from all others (v) in proportion to how well they match (q k)."""
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -135,7 +139,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers, applied to each token alone, with the tanh form of GELU between them."""
+    """Two layers with GELU (its tanh form) between them, applied to each token separately."""
 
     def __init__(self, hidden_size: int, inner_size: int):
         super().__init__()
@@ -147,19 +151,19 @@ class Mlp(nn.Module):
 
 
 def plain_norm(hidden_size: int) -> nn.LayerNorm:
-    """A LayerNorm without weights of its own: `modulate` gives it its shift and scale."""
+    """A LayerNorm without learned weights: `modulate` supplies its shift and scale."""
     return nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """The "ada" of adaLN: tokens (B, N, D) scaled and shifted by numbers made from c, (B, D)."""
-    return shift[:, None] + (1 + scale[:, None]) * x
+    """The "ada" of adaLN: scale and shift tokens (B, N, D) by vectors computed from c, (B, D)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class DiTBlock(nn.Module):
     """A transformer block whose LayerNorms take shift and scale from c, and whose two residual
-    branches pass a gate made from c. The layer that makes them starts at zero: the gates are 0,
-    so a fresh block is the identity. DiT section 3.2, "adaLN-Zero block", and figure 3.
+    branches are multiplied by a gate, also from c. The layer that computes them starts at zero:
+    the gates are 0 and a fresh block is the identity. DiT section 3.2, "adaLN-Zero block".
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0):
@@ -180,7 +184,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, N, D) -> (B, N, p*p*C_out), with its own shift and scale from c."""
+    """Tokens (B, N, D) -> (B, N, p*p*C_out), modulated by c once more."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
@@ -197,14 +201,14 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """model(x, t, y): what the network sees in x (B, C, H, H) at timesteps t (B,), labels y (B,).
+    """model(x, t, y): the network's prediction for noisy images x (B, C, H, H) at timesteps t (B,)
+    with labels y (B,).
 
-    x is float32; t holds integers (or fractions) in 0..999; y integers in 0..num_classes, where
+    x is float32; t holds integers or fractions in 0..999; y integers in 0..num_classes, where
     `null_class` = num_classes means "no class" (classifier-free guidance). Returns float32
     (B, C, H, H); with `learn_sigma`, (B, 2C, H, H), the second half being the variance channels
     of Nichol & Dhariwal (arXiv 2102.09672). Any C, any H that patch_size divides.
-    Raises ValueError where the sizes of the model do not fit one another; `forward` asserts
-    that x has them.
+    Raises ValueError for sizes that do not fit together; `forward` asserts the shape of x.
     """
 
     def __init__(
@@ -242,7 +246,7 @@ class DiT(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """All of the initialisation; what must be zero is zeroed last.
+        """Initialise all weights; the zeros come last, so that nothing overwrites them.
 
         Zeros: DiT section 3.2, "adaLN-Zero block", and section 4, "Training"; the 0.02 of the
         embeddings: the published code.
@@ -251,7 +255,7 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))     # a linear map
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))     # as a linear map
         nn.init.zeros_(self.x_embedder.proj.bias)
         for layer in (self.y_embedder.embedding_table, *self.t_embedder.mlp[::2]):
             nn.init.normal_(layer.weight, std=0.02)
@@ -261,11 +265,14 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.t_embedder(t) + self.y_embedder(y)              # (B, D)
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         assert x.shape[1:] == (self.in_channels, self.input_size, self.input_size), x.shape
         x = patchify(x, self.patch_size)                            # (B, N, p*p*C)
         x = self.x_embedder(x) + self.pos_embed                     # (B, N, D)
-        c = self.t_embedder(t) + self.y_embedder(y)                 # (B, D)
+        c = self.condition(t, y)                                    # (B, D)
         for block in self.blocks:
             x = block(x, c)                                         # (B, N, D)
         with torch.autocast(x.device.type, enabled=False):          # the output stays float32
@@ -291,7 +298,7 @@ MODELS = {
     for size, (width, depth, heads) in _SIZES.items()
     for p in _PATCHES.get(size, (2, 4, 8))
 }
-"""Name -> keyword arguments of `DiT`, to be completed by input_size, in_channels, num_classes."""
+"""Name -> keyword arguments of `DiT`; input_size, in_channels and num_classes are the data's."""
 
 
 if __name__ == "__main__":
@@ -300,7 +307,7 @@ if __name__ == "__main__":
     t, y = torch.tensor([0, 999]), torch.tensor([3, model.null_class])
     tokens = patchify(xt, 4)
     x = model.x_embedder(tokens) + model.pos_embed
-    c = model.t_embedder(t) + model.y_embedder(y)
+    c = model.condition(t, y)
     out = model(xt, t, y)
     for name, value, shape in [
         ("xt", xt, (2, 1, 28, 28)),

@@ -1,0 +1,102 @@
+"""What a network and a process must offer, and the registry of both.
+
+Training, sampling, evaluation and checkpoints know nothing else about them. So another network or
+process takes the place of `dit.DiT` or `diffusion.GaussianDiffusion` by an entry in the registry.
+
+A network is a torch.nn.Module:
+    __init__(input_size, in_channels, num_classes, ...)     further arguments: int, float, bool or
+                                                            str, each with a default
+    model(xt, t, y) -> (B, C', H, H), C' >= C               the output is in the first C channels
+    input_size, in_channels, num_classes, null_class        attributes
+    named_parameters()                                      Muon trains the matrices in "blocks."
+
+A process is a class:
+    __init__(...)                                           arguments as above, all with defaults
+    num_timesteps, prediction, samplers                     attributes; samplers: name -> generator
+                                                            function (predict, xT, noise, options)
+                                                            that yields (t, xt, x0_hat)
+    to(device) -> itself
+    q_sample(x0, t, eps) -> xt                              for figures
+    loss(model, x0, t, y, eps) -> (B,)
+    loss_in_eps(loss, t) -> (B,)                            for logs
+    t_from_uniform(u) -> t                                  for training: u (B,) in [0, 1)
+    denoise(predict, xt, t, clip) -> (x0_hat, eps_hat)      for figures
+
+Constructor arguments are what a checkpoint stores: the keys that it may hold follow from the
+signature, and one that it lacks takes its default.
+"""
+
+import importlib
+import inspect
+import math
+
+from torch import nn
+
+from support.cli import UserError, shorten
+
+NETWORKS: dict[str, str | type] = {"dit": "dit:DiT"}
+PROCESSES: dict[str, str | type] = {"ddpm": "diffusion:GaussianDiffusion"}
+
+
+def network_class(name: str) -> type[nn.Module]:
+    return _find(NETWORKS, "network", name)
+
+
+def process_class(name: str) -> type:
+    return _find(PROCESSES, "process", name)
+
+
+def _find(registry: dict, kind: str, name: str) -> type:
+    """The class that a registry has for a name. Nothing is imported by any other name."""
+    if name not in registry:
+        raise UserError(f"{kind} {shorten(name)!r} is unknown: {', '.join(registry)}")
+    entry = registry[name]
+    if isinstance(entry, type):
+        return entry
+    module, attribute = entry.split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def arguments(cls: type) -> dict[str, inspect.Parameter]:
+    """The constructor's arguments by name, with those of the base classes behind a **kwargs."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        own = list(inspect.signature(base.__init__).parameters.values())[1:]
+        found = {**{p.name: p for p in own if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)},
+                 **found}
+        if not any(p.kind is p.VAR_KEYWORD for p in own):
+            break
+    return found
+
+
+def arguments_for(cls: type, offered: dict) -> dict:
+    """Every argument of the constructor, as a checkpoint stores them: those among `offered`, and
+    the defaults of the rest."""
+    return {name: offered.get(name, p.default) for name, p in arguments(cls).items()
+            if name in offered or p.default is not p.empty}
+
+
+def check_arguments(cls: type, given: dict) -> dict:
+    """Arguments from a file, completed by defaults. Raises ValueError unless each is one of the
+    constructor's and has its type; numbers must be below a million."""
+    known = arguments(cls)
+    for key, value in given.items():
+        if key not in known:
+            raise ValueError(f"{key!r} is not an argument of {cls.__name__}")
+        default = known[key].default
+        kinds = {bool: bool, int: int, float: (int, float), str: str}
+        kind = next((kinds[k] for k in kinds if known[key].annotation in (k, k.__name__)
+                     or type(default) is k), (bool, int, float, str))
+        right = isinstance(value, kind) and (kind is bool or kind == (bool, int, float, str)
+                                             or not isinstance(value, bool))
+        if not right:
+            raise ValueError(f"{key!r} is {type(value).__name__}")
+        if isinstance(value, int | float) and not (math.isfinite(value) and 0 <= value < 2**20):
+            raise ValueError(f"{key!r} is {value!r}")
+    complete = arguments_for(cls, given)
+    for key in known:
+        if key not in complete:
+            raise ValueError(f"{key!r} is missing")
+    return complete

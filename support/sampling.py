@@ -1,0 +1,198 @@
+"""The flags of sampling, what they mean for a checkpoint, and the files that sample.py writes."""
+
+import inspect
+import io
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from support import distributed, paths, pictures
+from support.cli import (
+    BATCH,
+    COUNT,
+    SCALE,
+    SEED,
+    Parser,
+    UserError,
+    atomic_write,
+    check_target,
+    io_errors,
+    next_free,
+    number,
+    shorten,
+)
+from support.data import to_uint8
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+MAX_SHOWN = 10_000              # images in one picture
+
+
+def parse_label(text: str, class_names: list[str]) -> int:
+    """The index of a class given by its exact name, a number word or its index."""
+    if text in class_names:
+        return class_names.index(text)
+    if text.lower() in DIGITS and str(DIGITS.index(text.lower())) in class_names:
+        return class_names.index(str(DIGITS.index(text.lower())))
+    if text.isascii() and text.isdigit() and len(text) < 10 and int(text) < len(class_names):
+        return int(text)
+    known = ", ".join(shorten(n, 40) for n in class_names[:10]) + ", ..." * (len(class_names) > 10)
+    hint = "; a checkpoint goes before the flags" if os.path.exists(text) else ""
+    raise UserError(f"label {shorten(text)!r} is not a class of this model: {known} "
+                    f"(or an index from 0 to {len(class_names) - 1}){hint}")
+
+
+def resolve_sampling(checkpoint, cfg_scale: float | None = None, steps: int | None = None,
+                     sampler: str | None = None, eta: float | None = None) -> dict:
+    """sampler, steps, eta, cfg_scale: the values given, else those that the checkpoint suggests;
+    and `options`, the arguments of that sampler. Raises UserError where they do not go together."""
+    process, suggested = checkpoint.diffusion, checkpoint.sampling
+    sampler = sampler or suggested["sampler"]
+    if sampler not in process.samplers:
+        raise UserError(f"--sampler {sampler}: this model has {', '.join(process.samplers)}")
+    accepted = inspect.signature(process.samplers[sampler]).parameters
+    total = process.num_timesteps
+    if "eta" not in accepted and eta is not None:
+        raise UserError(f"--eta does not apply to --sampler {sampler}")
+    if "steps" not in accepted and steps not in (None, total):
+        raise UserError(f"--sampler {sampler} takes all {total} steps: for {steps} use --sampler "
+                        f"ddim --eta 1 --steps {steps}")
+    if "steps" not in accepted:
+        steps = total
+    elif steps is None:
+        steps = suggested["steps"]
+    if not 1 <= steps <= total:
+        raise UserError(f"--steps {steps}: the process has {total}")
+    eta = suggested["eta"] if eta is None else eta
+    options = {k: v for k, v in {"steps": steps, "eta": eta}.items() if k in accepted}
+    return dict(sampler=sampler, steps=steps, eta=eta, options=options,
+                cfg_scale=suggested["cfg_scale"] if cfg_scale is None else cfg_scale)
+
+
+class Images(Tensor):
+    """Images (N, C, H, W) in [-1, 1] that a notebook shows as a grid."""
+
+    def _repr_png_(self) -> bytes:
+        images, file = to_uint8(self.as_subclass(Tensor)).cpu(), io.BytesIO()
+        pictures.grid(images, min(10, len(images))).save(file, format="PNG")
+        return file.getvalue()
+
+
+# ---------------------------------------------------------------- flags of sample.py
+
+
+class SampleParser(Parser):
+    def parse_args(self, argv=None, namespace=None):
+        """Take a checkpoint for what it is where it stands behind `--labels 3 1` or `--cfg-scale
+        1 2`, which accept any number of values."""
+        args, extra = super().parse_known_args(self._checkpoint_first(argv), namespace)
+        if extra:
+            self.error(f"unrecognized arguments: {' '.join(extra)}")
+        return args
+
+    def _checkpoint_first(self, argv: list[str] | None) -> list[str]:
+        argv = list(sys.argv[1:] if argv is None else argv)
+        flag = None
+        for i, word in enumerate(argv):
+            if word.startswith("--"):
+                flag = word
+            elif flag in ("--labels", "--cfg-scale") and word.endswith(".pt"):
+                return [argv[i], *argv[:i], *argv[i + 1:]]
+        return argv
+
+
+def parser(description: str) -> Parser:
+    p = SampleParser(description)
+    p.add_argument("checkpoint", nargs="?", metavar="CKPT", help="a checkpoint, or a run folder "
+                   "(default: the newest under output/, else the one that ships)")
+    g = p.add_argument_group("what")
+    g.add_argument("--labels", nargs="+", metavar="LABEL", help="class names, number words or "
+                   "indices, a row each (default: the first ten classes)")
+    g.add_argument("--per-class", type=number(int, 1, 100_000), metavar="N",
+                   help="images per label (default: 10, or 1 with --labels)")
+    g.add_argument("--seed", type=SEED, default=0, help="seed of the noise (default: 0)")
+    add_sampling_flags(p, several=True)
+    g = p.add_argument_group("output")
+    g.add_argument("--out", type=Path, metavar="FILE.png", help="the grid (default: a new numbered "
+                   "file under output/; none with --npz)")
+    g.add_argument("--gif", type=Path, metavar="FILE.gif", help="an animation of the denoising")
+    g.add_argument("--trajectory", type=Path, metavar="FILE.png",
+                   help="the first image: xt over x0_hat at ten timesteps")
+    g.add_argument("--npz", type=Path, metavar="FILE.npz", help="arr_0 uint8 (N, H, W, C), arr_1 "
+                   "the labels; under torchrun the processes share the work")
+    g.add_argument("--scale", type=number(int, 1, 64), metavar="N", help="enlarge each pixel to "
+                   "N x N in the pictures (default: small images are enlarged)")
+    g.add_argument("--force", action="store_true", help="overwrite existing files")
+    return p
+
+
+def add_sampling_flags(p: Parser, several: bool = False) -> None:
+    """The flags that say how to sample; tools share them. several: --cfg-scale takes a list."""
+    g = p.add_argument_group("how (default: what the checkpoint suggests)")
+    g.add_argument("--cfg-scale", type=SCALE, metavar="S", nargs="+" if several else None,
+                   help="guidance scale: 1 is the plain conditional model, 0 the unconditional one"
+                   + ("; several make a grid each" if several else ""))
+    g.add_argument("--sampler", metavar="NAME", help="ddim, or ddpm (all 1000 steps: minutes on a "
+                   "CPU)")
+    g.add_argument("--steps", type=COUNT, help="sampling steps")
+    g.add_argument("--eta", type=number(float, 0, 1), help="noise that ddim adds: 0 none, 1 as "
+                   "much as ddpm")
+    g.add_argument("--weights", choices=("ema", "model"), default="ema",
+                   help="the EMA weights or the last ones (default: ema)")
+    g.add_argument("--batch-size", type=BATCH, default=250, metavar="N",
+                   help="images at a time (default: 250)")
+    g.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
+
+
+def check_flags(args) -> None:
+    """Raise UserError, before any work, for flags that contradict each other and for files that
+    cannot be written."""
+    if len(args.cfg_scale or ()) > 1 and (args.gif or args.trajectory or args.npz):
+        raise UserError("--gif, --trajectory and --npz take one --cfg-scale")
+    if distributed.world_size() > 1 and (args.npz is None or args.gif or args.trajectory):
+        raise UserError("several processes share the work of --npz only: run the rest in one")
+    seen: dict[str, str] = {}
+    for flag, suffix in [("out", ".png"), ("gif", ".gif"), ("trajectory", ".png"), ("npz", ".npz")]:
+        if (target := getattr(args, flag)) is not None:
+            check_target(target, args.force, suffix)
+            other = seen.setdefault(os.path.realpath(target), flag)
+            if other != flag:
+                raise UserError(f"--{other} and --{flag} both name {target}: give each a file of "
+                                f"its own")
+
+
+# ---------------------------------------------------------------- files of sample.py
+
+
+def targets(args, count: int) -> dict[str, Path]:
+    """The files to write, by flag."""
+    if count > MAX_SHOWN and (args.out or args.gif or args.npz is None):
+        raise UserError(f"{count:,} images are too many for one picture (at most {MAX_SHOWN:,}): "
+                        f"--npz FILE.npz takes them")
+    out = args.out or (None if args.npz else next_free(paths.OUTPUT, "samples", ".png"))
+    found = dict(out=out, gif=args.gif, trajectory=args.trajectory, npz=args.npz)
+    return {flag: path for flag, path in found.items() if path is not None}
+
+
+def write_all(outputs: dict[str, Path], grids: list[Tensor], scales: list[float], y: Tensor,
+              columns: int, scale: int | None, recorder) -> list[str]:
+    """Write every output. grids: uint8 (N, C, H, H) for each of the guidance scales."""
+    titles = [f"guidance {s:g}" if len(scales) > 1 else "" for s in scales]
+    save: dict[str, Callable[[Path], None]] = {
+        "out": lambda path: pictures.save_picture(path, pictures.side_by_side(
+            [pictures.grid(images, columns, title, scale)
+             for images, title in zip(grids, titles, strict=True)])),
+        "gif": lambda path: atomic_write(path, lambda file: file.write(pictures.animation(
+            [pictures.grid(images, columns, scale=scale) for images in recorder.stills()]))),
+        "trajectory": lambda path: pictures.save_picture(
+            path, pictures.trajectory_strip(recorder.first)),
+        "npz": lambda path: atomic_write(path, lambda file: np.savez(
+            file, grids[0].permute(0, 2, 3, 1).numpy(), y.numpy())),
+    }
+    for flag, path in outputs.items():
+        with io_errors(f"{path} cannot be written"):
+            save[flag](path)
+    return [paths.short(path) for path in outputs.values()]
