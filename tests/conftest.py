@@ -1,6 +1,9 @@
 """Tests need no network, no GPU and nothing outside the repository."""
 
+import dataclasses
+import functools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,24 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)
+import dit
+import train_mnist
+from support import checkpoints, data, distributed, paths
+from support.folders import checkpoints_in
 
-import checkpoints  # noqa: E402
-import data  # noqa: E402
-import dit  # noqa: E402
-import ranks  # noqa: E402
-import train_mnist  # noqa: E402
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)
 
 TINY = "DiT-Test/7"
 ALONE = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}    # a process that a test starts
 FAST = ("--dataset", "glyphs", "--model", TINY, "--batch-size", "8", "--log-every", "5",
         "--preview-every", "1000", "--save-every", "1000", "--warmup", "2")
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "long: the long form, minutes to an hour (run with --long)")
 
 
 def pytest_addoption(parser):
@@ -41,20 +38,35 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def without_gpu(request, monkeypatch):
-    """Nothing picks a GPU by itself, where there is one, but in the tests named for it."""
+    """No test picks a GPU by itself, except those named for it."""
     if "gpu" not in request.node.name:
-        monkeypatch.setattr(ranks, "fastest_device", lambda: "cpu")
+        monkeypatch.setattr(distributed, "fastest_device", lambda: "cpu")
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty working directory, where output/ and data/ are found as well."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paths, "OUTPUT", tmp_path / "output")
+    monkeypatch.setattr(paths, "DATA", tmp_path / "data")
+    return tmp_path
+
+
+_draw_glyphs = functools.cache(data.draw_glyphs)        # a function of its arguments
+
+
+def few_glyphs(count: int, seed: int = 0) -> data.ImageSet:
+    drawn = _draw_glyphs(min(count, 100), seed)
+    return dataclasses.replace(drawn, images=drawn.images.clone(), labels=drawn.labels.clone())
+
+
+@pytest.fixture
+def train(here, monkeypatch):
     """train(*flags) -> exit status: train_mnist.main in an empty folder, with a tiny model on 100
     glyphs unless flags say otherwise."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(dit.MODELS, TINY,
                         dict(patch_size=7, hidden_size=16, depth=2, num_heads=2))
-    draw = data.draw_glyphs
-    monkeypatch.setattr(data, "draw_glyphs", lambda count, seed=0: draw(min(count, 100), seed))
+    monkeypatch.setattr(data, "draw_glyphs", few_glyphs)
 
     def run(*flags) -> int:
         flags = [str(f) for f in flags]
@@ -64,19 +76,45 @@ def train(tmp_path, monkeypatch):
     return run
 
 
+@pytest.fixture(scope="session")
+def run_cache(tmp_path_factory) -> tuple[Path, dict]:
+    return tmp_path_factory.mktemp("trained"), {}
+
+
 @pytest.fixture
-def checkpoint(train):
-    """The path of a full checkpoint: the tiny model after 3 steps."""
-    assert train("--steps", 3, "--out", "run") == 0
-    return Path("run/step_0000003.pt").resolve()
+def trained(train, here, run_cache):
+    """trained(*flags, out="run") -> the last checkpoint of a run with these flags, in a copy that
+    is this test's own, at `out`. Each set of flags is trained once in a session."""
+    parent, runs = run_cache
+
+    def copy(*flags, out="run") -> Path:
+        key = tuple(map(str, flags))
+        if key not in runs:
+            folder = parent / f"{len(runs):03d}"
+            assert train(*flags, "--out", folder) == 0
+            runs[key] = folder
+        shutil.copytree(runs[key], here / out)
+        return checkpoints_in(here / out)[-1]
+
+    return copy
+
+
+@pytest.fixture
+def checkpoint(trained) -> Path:
+    """The path of a full checkpoint: the tiny model after 3 steps, in the run folder run/."""
+    return trained("--steps", 3)
 
 
 def command(*words, cwd, **options) -> subprocess.Popen:
-    """A script of the project as a user runs it: its own process, one thread."""
+    """A script of the project as a user runs it: its own process, one thread. It uses the
+    repository's output/: name every file that it writes.
+
+    words: a script at the root and its flags, or "-m", "tools.NAME" (with cwd=ROOT).
+    """
     environment = {**os.environ, **ALONE, "PYTHONUNBUFFERED": "1", "COLUMNS": "100",
                    **options.pop("env", {})}
-    words = [str(w) for w in words]
-    return subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=cwd, text=True,
+    script = str(words[0]) if words[0] == "-m" else str(ROOT / words[0])
+    return subprocess.Popen([sys.executable, script, *map(str, words[1:])], cwd=cwd, text=True,
                             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             **options)
 
