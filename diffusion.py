@@ -25,32 +25,38 @@ import torch
 from torch import Tensor
 
 PREDICTIONS = ("eps", "v", "x0")        # what the output of the network may mean
+WEIGHTINGS = ("plain", "v", "min-snr")  # and how the errors at different t are weighted
 
 
 class GaussianDiffusion:
     """DDPM's process with its linear schedule of beta, and one meaning of the network's output.
 
     num_timesteps, beta_start, beta_end: the schedule (DDPM section 4: 1000, 1e-4, 0.02).
-    prediction: "eps" (the paper), "v" or "x0". Raises ValueError for any other, and for a beta
-    that is not between 0 and 1.
+    prediction, weighting: one of PREDICTIONS, one of WEIGHTINGS ("eps", "plain": the paper).
+    Raises ValueError for any other, and for a beta that is not between 0 and 1.
     `alpha_bar` (T,) is float64 on the CPU; `to(device)` moves the float32 tables made from it.
     """
 
     def __init__(self, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02,
-                 prediction: str = "v"):
+                 prediction: str = "v", weighting: str = "plain"):
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction {prediction!r} is none of {', '.join(PREDICTIONS)}")
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting {weighting!r} is none of {', '.join(WEIGHTINGS)}")
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(f"beta goes from {beta_start} to {beta_end}, and must be in (0, 1)")
-        self.num_timesteps, self.prediction = num_timesteps, prediction
+        self.num_timesteps, self.prediction, self.weighting = num_timesteps, prediction, weighting
         beta = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
         self.alpha_bar = torch.cumprod(1 - beta, dim=0)
         self.alpha, self.sigma = self.alpha_bar.sqrt().float(), (1 - self.alpha_bar).sqrt().float()
+        noise_level = (self.sigma / self.alpha).log()
+        self.noise_level_bounds = (noise_level[1:] + noise_level[:-1]) / 2      # between timesteps
         self.samplers = {"ddim": self.ddim_sample, "ddpm": self.ddpm_sample}
 
     def to(self, device) -> "GaussianDiffusion":
         """Move the float32 tables to `device`, once. Returns self."""
-        self.alpha, self.sigma = self.alpha.to(device), self.sigma.to(device)
+        for name in ("alpha", "sigma", "noise_level_bounds"):
+            setattr(self, name, getattr(self, name).to(device))
         return self
 
     def alpha_sigma(self, t: Tensor | int) -> tuple[Tensor, Tensor]:
@@ -84,13 +90,25 @@ class GaussianDiffusion:
         return out, (xt - alpha * out) / sigma
 
     def loss(self, model, x0: Tensor, t: Tensor, y: Tensor, eps: Tensor) -> Tensor:
-        """Squared error of model(xt, t, y) against `target`, the mean of each image: (B,).
-
-        DDPM eq. 14 ("simple" loss) where the output is eps. All shapes as in `q_sample`; y (B,).
+        """Squared error of model(xt, t, y) against `target`, the mean of each image, times
+        `loss_weight`: (B,). DDPM eq. 14 ("simple" loss) where the output is eps and the weighting
+        plain. All shapes as in `q_sample`; y (B,).
         """
         out = model(self.q_sample(x0, t, eps), t, y)
         out = out[:, : x0.shape[1]].float()     # without the variances that learn_sigma adds
-        return (out - self.target(x0, eps, t)).square().mean(dim=(1, 2, 3))
+        error = (out - self.target(x0, eps, t)).square().mean(dim=(1, 2, 3))
+        return error * self.loss_weight(t)
+
+    def loss_weight(self, t: Tensor) -> Tensor:
+        """The factor (B,) of the squared error of the output at timesteps t (B,)."""
+        if self.weighting == "plain":
+            return torch.ones_like(self.alpha[t])
+        alpha, sigma = self.alpha[t], self.sigma[t]
+        # an error in the output is so many times as large in x0_hat
+        ratio = {"eps": sigma / alpha, "v": sigma, "x0": torch.ones_like(sigma)}[self.prediction]
+        if self.weighting == "v":               # the error as an error in v; 0.05: JiT, 2511.13720
+            return (ratio / sigma.clamp(min=0.05)).square()
+        return ratio.square() * (alpha / sigma).square().clamp(max=5)       # arXiv 2303.09556
 
     # ------------------------------------------------------------ back
 
@@ -179,6 +197,10 @@ class GaussianDiffusion:
         """Timesteps (B,) at the fractions u (B,) in [0, 1) of the way from 0 to the last."""
         return (u * self.num_timesteps).long()
 
+    def t_from_noise_level(self, level: Tensor) -> Tensor:
+        """The timesteps (B,) whose ln(sigma / alpha) is nearest to each level (B,)."""
+        return torch.bucketize(level, self.noise_level_bounds)
+
     def loss_in_eps(self, loss: Tensor, t: Tensor) -> Tensor:
         """The errors (B,) of `loss` as errors in eps, so that logs of predictions can be compared.
 
@@ -186,7 +208,8 @@ class GaussianDiffusion:
         alpha for v, and times alpha / sigma for x0.
         """
         alpha, sigma = self.alpha[t], self.sigma[t]
-        return loss * {"eps": 1.0, "v": alpha**2, "x0": (alpha / sigma) ** 2}[self.prediction]
+        ratio = {"eps": torch.ones_like(alpha), "v": alpha, "x0": alpha / sigma}[self.prediction]
+        return loss / self.loss_weight(t) * ratio.square()
 
 
 def classifier_free_guidance(model, y: Tensor, cfg_scale: float) -> Callable[[Tensor, int], Tensor]:

@@ -17,6 +17,7 @@ from dit import MODELS
 from support import components
 from support.cli import run_command
 from support.data import Batches
+from support.muon import BatchedMuon
 from support.preview import Preview
 from support.run import Run
 from support.settings import Settings
@@ -27,8 +28,10 @@ SAMPLING = dict(sampler="ddim", steps=50, eta=0.0, cfg_scale=1.75)      # sample
 
 # Measured: docs/experiments.md, "The recipe". Each value is the default of a flag.
 RECIPE = dict(
-    prediction="v",             # with eps, the paper's choice, clean digits take far longer
-    timesteps="logit-normal",   # spends more steps on the middle of t, where the digit takes shape
+    prediction="x0",            # the network says what the clean image is; docs/experiments.md
+    timesteps="log-normal",     # ln(sigma / alpha) is normal: few t that are nearly clean or noise
+    noise_mean=0.8,             # JiT's (arXiv 2511.13720), in DDPM's terms
+    noise_std=0.8,
     label_dropout=0.1,          # Ho & Salimans; untuned
     optimizer="muon",           # minutes instead of days: ahead of AdamW at every learning rate
     lr=2e-3,                    # of AdamW, for what Muon does not train; untuned with Muon
@@ -59,7 +62,7 @@ def train(batches: Batches, state: TrainingState, diffusion: GaussianDiffusion, 
         x0, y = batches(step)                                   # (B, C, H, H) in [-1, 1]; (B,)
         dropped = rng.uniform() < args.label_dropout
         y = torch.where(dropped, state.model.null_class, y)     # "no class": for guidance
-        t = draw_t(diffusion, rng)                              # (B,)
+        t = draw_t(diffusion, rng, args)                        # (B,)
         eps = rng.normal(*x0.shape[1:])                         # (B, C, H, H)
 
         loss = state.backward(x0, t, y, eps)                    # diffusion.loss (B,); its gradient
@@ -71,9 +74,11 @@ def train(batches: Batches, state: TrainingState, diffusion: GaussianDiffusion, 
                 lr=args.lr * lr_factor)
 
 
-TIMESTEPS = {       # the distribution of t: DDPM algorithm 1, and arXiv 2403.03206, section 3.1
-    "uniform": lambda diffusion, rng: diffusion.t_from_uniform(rng.uniform()),
-    "logit-normal": lambda diffusion, rng: diffusion.t_from_uniform(rng.normal().sigmoid()),
+TIMESTEPS = {       # the distribution of t, (B,): t = TIMESTEPS[name](diffusion, rng, args)
+    "uniform": lambda diffusion, rng, args: diffusion.t_from_uniform(rng.uniform()),
+    "log-normal": lambda diffusion, rng, args: diffusion.t_from_noise_level(
+        args.noise_mean + args.noise_std * rng.normal()),       # of sigma / alpha
+    "logit-normal": lambda diffusion, rng, args: diffusion.t_from_uniform(rng.normal().sigmoid()),
 }
 
 
@@ -86,8 +91,7 @@ def schedule(step: int, steps: int, warmup: int, decay: float) -> float:
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * model, for every parameter. Warm-up: the decay grows with
     the step, (1 + step) / (10 + step), so that the average soon leaves the initial weights."""
-    for averaged, current in zip(ema.parameters(), model.parameters(), strict=True):
-        averaged.lerp_(current, 1 - decay)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def make_optimizers(model: nn.Module, args) -> list[torch.optim.Optimizer]:
@@ -98,8 +102,8 @@ def make_optimizers(model: nn.Module, args) -> list[torch.optim.Optimizer]:
     optimizers = [torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.99),
                                     weight_decay=args.weight_decay)]
     if muon:
-        optimizers.append(torch.optim.Muon(muon.values(), lr=args.muon_lr, momentum=0.95,
-                                           weight_decay=args.weight_decay))
+        optimizers.append(BatchedMuon(muon.values(), lr=args.muon_lr, momentum=0.95,
+                                      weight_decay=args.weight_decay))
     return optimizers
 
 
@@ -117,7 +121,8 @@ def main(argv: list[str] | None = None) -> int:
         MODELS[args.model], input_size=images.images.shape[-1],
         in_channels=images.images.shape[1], num_classes=len(images.class_names)))
     process = components.process_class(args.process)            # GaussianDiffusion
-    diffusion_args = components.arguments_for(process, dict(DIFFUSION, prediction=args.prediction))
+    diffusion_args = components.arguments_for(process, dict(
+        DIFFUSION, prediction=args.prediction, weighting=args.weighting))
 
     model = run.build(network, args.model, model_args)          # on the device, weights from --seed
     diffusion = process(**diffusion_args).to(run.device)

@@ -4,17 +4,18 @@ import argparse
 import json
 from pathlib import Path
 
-from diffusion import PREDICTIONS
+from diffusion import PREDICTIONS, WEIGHTINGS
 from dit import MODELS
 from support import components, distributed, paths
 from support.cli import BATCH, COUNT, SEED, SIDE, Parser, UserError, number, shorten
 
-TIMESTEPS = ("uniform", "logit-normal")
+TIMESTEPS = ("uniform", "log-normal", "logit-normal")
 # Defaults of what is not part of the recipe: data, and how and where a run is computed.
 DEFAULTS = dict(dataset="mnist", data_dir=None, image_size=None, flip=False, network="dit",
-                process="ddpm", grad_accum=1, precision="auto", compile=False, seed=0, keep=3)
+                process="ddpm", weighting=None, grad_accum=1, precision="auto", compile=False,
+                seed=0, keep=3)
 # The values of checkpoints from before there was a flag for them.
-BEFORE = dict(timesteps="uniform")
+BEFORE = dict(timesteps="uniform", weighting="plain")
 # What a resumed run may change: nothing that changes what a step computes.
 FREE = {"steps", "log_every", "preview_every", "save_every", "keep", "device", "data_dir", "out",
         "stop_after", "resume", "grad_accum"}
@@ -51,6 +52,8 @@ class Settings:
                                 f"before, {given['steps']:,} now")
             values.update(recorded)
         values.update({k: v for k, v in given.items() if k not in ("resume", "init_from")})
+        if values["weighting"] is None:
+            values["weighting"] = "v" if values["prediction"] == "x0" else "plain"
         values["data_dir"] = str(values["data_dir"] or paths.DATA)
         return argparse.Namespace(**values)
 
@@ -116,8 +119,13 @@ class Settings:
         add(g, "--process", "the diffusion process: a name of support/components.py",
             choices=components.PROCESSES)
         add(g, "--prediction", "what the output means: eps, v or x0", choices=PREDICTIONS)
-        add(g, "--timesteps", "distribution of t in training: uniform (the paper), or logit-normal "
-            "(arXiv 2403.03206), few t near 0 and 999", choices=TIMESTEPS)
+        add(g, "--weighting", "of the errors at different t: plain, v (as errors in v) or min-snr "
+            "(default: v for x0, plain for eps and v)", choices=WEIGHTINGS)
+        add(g, "--timesteps", "distribution of t in training: uniform (the paper), log-normal "
+            "(ln(sigma / alpha) is normal), or logit-normal (of t / 1000)", choices=TIMESTEPS)
+        add(g, "--noise-mean", "log-normal: mean of ln(sigma / alpha)",
+            type=number(float, -20, 20))
+        add(g, "--noise-std", "log-normal: its standard deviation", type=number(float, 0, 20))
         add(g, "--label-dropout", "share of labels replaced by \"no class\"",
             type=number(float, 0, 1))
         g = p.add_argument_group("recipe")
