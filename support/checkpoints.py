@@ -286,7 +286,7 @@ def restore_optimizer(opt: torch.optim.Optimizer, saved: object) -> None:
     """Load an optimizer's state_dict() from a checkpoint: its moments only, since its options are
     those that `opt` was made with. Raises UserError where they do not fit."""
     params = [p for group in opt.param_groups for p in group["params"]]
-    wanted = _MOMENTS[type(opt).__name__]
+    wanted = next(_MOMENTS[c.__name__] for c in type(opt).__mro__ if c.__name__ in _MOMENTS)
     try:
         state = _get(saved, "state", dict, "opt")
         _require(not state or set(state) == set(range(len(params))),

@@ -70,7 +70,7 @@ class Run:
         cannot be had. Rank 0 loads (or downloads) first, then one process of each other machine.
         Raises UserError where it is not the data of the resumed run, or differs between ranks."""
         args, found = self.args, None
-        named = self.resumed or "dataset" in self.given or "data_dir" in self.given
+        named = "dataset" in self.given or "data_dir" in self.given or "resume" in self.given
 
         def fetch() -> str:
             nonlocal found
@@ -159,11 +159,15 @@ class Run:
         self.folder = folder
         with io_errors(f"cannot write in {folder}"):
             text = json.dumps(self.config, indent=1) + "\n"
-            atomic_write(folder / CONFIG, lambda file: file.write(text.encode()))
+            elsewhere = self.resumed or self.initial_weights    # which config.json does not hold
+            if not elsewhere:
+                atomic_write(folder / CONFIG, lambda file: file.write(text.encode()))
             first = folder / f"step_{self.start:07d}.pt"
             if not first.exists():
                 self._save(self.start)
                 checkpoints.load(first, full=True)
+            if elsewhere:
+                atomic_write(folder / CONFIG, lambda file: file.write(text.encode()))
             if self.resumed:
                 self._begin_resume(start.source)
         return folder
@@ -195,6 +199,8 @@ class Run:
         """Disconnect the processes and print the summary. Returns the exit status."""
         self.state.loss = None                  # frees DistributedDataParallel first
         distributed.shut_down()
+        if self._start and self._start.lock:
+            self._start.lock.close()
         if self.start >= self.stop:
             return 0
         if distributed.rank() == 0:
@@ -223,6 +229,8 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The steps of this call, with a progress bar; previews and checkpoints between them. A
         signal ends it after a step."""
+        if self.start >= self.stop:
+            return
         begun = time.perf_counter()
         with self.signals, self.metrics.progress_bar():
             for step in range(self.start, self.stop):

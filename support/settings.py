@@ -61,7 +61,7 @@ class Settings:
         """A recorded recipe, validated as if it had been typed: a file may hold anything. What it
         lacks takes its default."""
         defaults = self.defaults("cpu")
-        recorded = {**defaults, **BEFORE, **recorded}
+        recorded = {**defaults, **BEFORE, **{k: v for k, v in recorded.items() if v is not None}}
         if unknown := set(recorded) - set(defaults):
             raise UserError(f"the recorded recipe has settings that this version does not know: "
                             f"{shorten(sorted(map(str, unknown)))}")

@@ -46,12 +46,16 @@ class TrainingState:
         """
         parts = list(zip(*(x.chunk(self.micro_batches) for x in (x0, t, y, eps)), strict=True))
         losses = []
-        for i, part in enumerate(parts, 1):
-            later = i < len(parts) and hasattr(self.loss, "no_sync")
-            with self.loss.no_sync() if later else contextlib.nullcontext():
-                loss = self.loss(*part)
-                self.scaler.scale(loss.mean() / len(parts)).backward()
-            losses.append(loss.detach())
+        try:
+            for i, part in enumerate(parts, 1):
+                later = i < len(parts) and hasattr(self.loss, "no_sync")
+                with self.loss.no_sync() if later else contextlib.nullcontext():
+                    loss = self.loss(*part)
+                    self.scaler.scale(loss.mean() / len(parts)).backward()
+                losses.append(loss.detach())
+        except torch.OutOfMemoryError:
+            raise UserError(f"out of GPU memory with {len(part[0])} images at a time: --grad-accum "
+                            f"{2 * len(parts)} computes the same step in smaller parts") from None
         return torch.cat(losses)
 
     def update(self, lr_factor: float, clip: float) -> Tensor:
