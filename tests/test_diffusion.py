@@ -1,21 +1,19 @@
 """diffusion.py by equivalence: closed forms, brute force, and one route against another."""
 
-import ast
 import inspect
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import diffusion
-from diffusion import GaussianDiffusion, guided_output
+from conftest import command
+from diffusion import PREDICTIONS, WEIGHTINGS, GaussianDiffusion, classifier_free_guidance
 from dit import DiT
 
 BETA = np.linspace(1e-4, 0.02, 1000)
 ALPHA_BAR = np.array([np.prod(1 - BETA[: t + 1]) for t in range(1000)])     # float64
-A, S = np.sqrt(ALPHA_BAR), np.sqrt(1 - ALPHA_BAR)
+A, S = np.sqrt(ALPHA_BAR), np.sqrt(1 - ALPHA_BAR)                          # alpha and sigma
 KINDS = pytest.mark.parametrize("kind", ["eps", "v", "x0"])
 SAMPLERS = pytest.mark.parametrize("sampler", ["ddpm_sample", "ddim_sample"])
 
@@ -36,6 +34,16 @@ class Spy:
     def __call__(self, xt, t, y):
         self.calls.append((xt.clone(), t.tolist(), y.tolist()))
         return self.f(xt, t.view(-1, 1, 1, 1).float(), y.view(-1, 1, 1, 1).float())
+
+
+def coefficients(t):
+    """alpha and sigma of timesteps t (B,) in float64, each (B, 1, 1, 1)."""
+    return (torch.tensor(table)[t].view(-1, 1, 1, 1) for table in (A, S))
+
+
+def guided(model, y, cfg_scale=1.0):
+    """predict(xt, t): by default the plain conditional model."""
+    return classifier_free_guidance(model, y, cfg_scale)
 
 
 def waves(xt, t, y):
@@ -81,29 +89,43 @@ def test_alpha_bar_is_the_product():
 
 def test_defaults_are_ddpms():
     arguments = inspect.signature(GaussianDiffusion).parameters.values()
-    assert {p.name: p.default for p in arguments} == dict(
-        num_timesteps=1000, beta_start=1e-4, beta_end=0.02, prediction="eps")
+    defaults = {p.name: p.default for p in arguments}
+    assert defaults.pop("prediction") in PREDICTIONS
+    assert defaults == dict(num_timesteps=1000, beta_start=1e-4, beta_end=0.02, weighting="plain")
 
 
-def test_tables_are_computed_in_float64_and_used_in_float32():
-    tables = GaussianDiffusion().tables
-    assert {table.dtype for table in tables.values()} == {torch.float32}
+def test_alpha_and_sigma_are_computed_in_float64_and_used_in_float32():
+    process = GaussianDiffusion()
+    alpha, sigma = process.alpha_sigma(torch.arange(1000))
+    assert alpha.shape == sigma.shape == (1000, 1, 1, 1)
+    assert alpha.dtype == sigma.dtype == torch.float32
     # 1 - alpha_bar_0 in float32 would be off by 1 in 4000; this is right to the last bit or two
-    for name, exact in [("sqrt_alpha_bar", A), ("sqrt_one_minus_alpha_bar", S)]:
-        assert np.allclose(tables[name].numpy(), exact, rtol=1.2e-7, atol=0)
+    for ours, exact in [(alpha, A), (sigma, S)]:
+        assert np.allclose(ours.flatten().numpy(), exact, rtol=1.2e-7, atol=0)
+    for t in (0, 500, 999):
+        for ours, all_of_them in zip(process.alpha_sigma(t), (alpha, sigma), strict=True):
+            assert ours.shape == (1, 1, 1, 1) and torch.equal(ours, all_of_them[t : t + 1])
 
 
-def test_tables_move_to_the_device_once_in_float32():
+def test_alpha_and_sigma_move_to_the_device_once_in_float32():
     moved = GaussianDiffusion()
     assert moved.to("meta") is moved                        # a device that every machine has
-    assert {table.device.type for table in moved.tables.values()} == {"meta"}
-    assert {table.dtype for table in moved.tables.values()} == {torch.float32}
+    for ours in moved.alpha_sigma(5):
+        assert ours.device.type == "meta" and ours.dtype == torch.float32
     assert moved.alpha_bar.device.type == "cpu"             # the float64 one stays
 
 
-def test_unknown_prediction_is_named():
+def test_unknown_prediction_or_weighting_is_named():
     with pytest.raises(ValueError, match="'noise' is none of eps, v, x0"):
         GaussianDiffusion(prediction="noise")
+    with pytest.raises(ValueError, match="'noise' is none of plain, v, min-snr"):
+        GaussianDiffusion(weighting="noise")
+
+
+@pytest.mark.parametrize("start, end", [(0, 0.5), (0.5, 1), (-0.1, 0.2), (0.3, 0.2)])
+def test_a_beta_that_is_no_share_is_refused(start, end):
+    with pytest.raises(ValueError, match="beta goes from"):
+        GaussianDiffusion(beta_start=start, beta_end=end)
 
 
 # ---------------------------------------------------------------- forward
@@ -139,12 +161,18 @@ def test_q_sample_equals_the_noise_added_step_by_step():
         assert jump == pytest.approx(variance, rel=1e-6)
 
 
-def test_predict_x0_inverts_q_sample():
-    process = GaussianDiffusion()
+@KINDS
+def test_x0_and_eps_invert_q_sample(kind):
+    process = GaussianDiffusion(prediction=kind)
     x0, eps, t, _ = batch(B=50)
-    x0_hat = process.predict_x0(process.q_sample(x0, t, eps), t, eps)
+    xt = process.q_sample(x0, t, eps)
+    x0_hat, eps_hat = process.x0_and_eps(process.target(x0, eps, t), xt, t)
     assert torch.allclose(x0_hat, x0, atol=2e-4)            # float32's 6e-8, divided by 0.006
     assert torch.allclose(x0_hat[:25], x0[:25], atol=2e-6)
+    assert torch.allclose(eps_hat[1:], eps[1:], atol=5e-6)  # at t = 0, divided by 0.01
+    for i in (0, 20, 49):                                   # an int t is that t for all
+        alone = process.x0_and_eps(process.target(x0, eps, t)[i : i + 1], xt[i : i + 1], int(t[i]))
+        assert torch.equal(alone[0][0], x0_hat[i]) and torch.equal(alone[1][0], eps_hat[i])
 
 
 # ---------------------------------------------------------------- what the output means
@@ -154,7 +182,7 @@ def test_predict_x0_inverts_q_sample():
 def test_loss_is_the_squared_error_of_the_target(kind):
     process = GaussianDiffusion(prediction=kind)
     x0, eps, t, y = batch()
-    a, s = (torch.tensor(table)[t].view(-1, 1, 1, 1) for table in (A, S))
+    a, s = coefficients(t)
     target = {"eps": eps, "v": a * eps - s * x0, "x0": x0}[kind].double()
     model = Spy(waves)
     loss = process.loss(model, x0, t, y, eps)
@@ -171,12 +199,13 @@ def test_the_target_means_x0_and_eps(kind):
     """A perfect output: the loss is zero, and the conversion gives back x0 and eps."""
     x0, eps, t, _ = batch(B=20)
     t = t.clamp(5, 990)                 # x0 from eps, or eps from x0, is a division near the ends
-    a, s = (torch.tensor(table)[t].view(-1, 1, 1, 1) for table in (A, S))
-    target = diffusion.TARGETS[kind](x0.double(), eps.double(), a, s)
-    x0_hat, eps_hat = diffusion.PREDICTIONS[kind](target, a * x0 + s * eps, a, s)
-    assert torch.allclose(x0_hat, x0.double(), atol=1e-9)
-    assert torch.allclose(eps_hat, eps.double(), atol=1e-9)
-    loss = GaussianDiffusion(prediction=kind).loss(lambda *_: target.float(), x0, t, t, eps)
+    a, s = coefficients(t)
+    process = GaussianDiffusion(prediction=kind)
+    target = {"eps": eps, "v": a * eps - s * x0, "x0": x0}[kind].float()
+    assert torch.allclose(process.target(x0, eps, t), target, atol=1e-6)
+    x0_hat, eps_hat = process.x0_and_eps(target, (a * x0 + s * eps).float(), t)
+    assert torch.allclose(x0_hat, x0, atol=2e-4) and torch.allclose(eps_hat, eps, atol=2e-4)
+    loss = process.loss(lambda *_: target, x0, t, t, eps)
     assert loss.max() < 1e-12
 
 
@@ -197,7 +226,7 @@ def test_the_three_readings_agree_on_one_prediction(kind):
     for t in (1, 30, 300, 900, 999):
         xt = (A[t] * x0 + S[t] * eps).float()
         model = outputs_for(kind, waves)
-        x0_hat, eps_hat = process.estimate(model, xt, t, y, cfg_scale=1.0, clip=False)
+        x0_hat, eps_hat = process.denoise(guided(model, y), xt, t, clip=False)
         expected = waves(xt.double(), torch.tensor(t), y.view(-1, 1, 1, 1).double())
         assert torch.allclose(eps_hat.double(), expected, atol=2e-4)
         expected = (xt.double() - S[t] * expected) / A[t]
@@ -219,21 +248,58 @@ def test_the_three_readings_sample_alike(kind, sampler, clip):
     for each in ("eps", kind):
         process = GaussianDiffusion(prediction=each)
         sample = getattr(process, sampler)
-        steps = list(sample(outputs_for(each, eps_model), xT, y, noise=fixed_noise(xT.shape),
-                            clip=clip))
+        steps = list(sample(guided(outputs_for(each, eps_model), y), xT,
+                            noise=fixed_noise(xT.shape), clip=clip))
         runs.append(torch.stack([xt for _, xt, _ in steps[::10] + steps[-1:]]))
     assert runs[0].std() > 0.3
     assert torch.allclose(*runs, atol=1e-3)
 
 
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 @KINDS
-def test_loss_in_eps_is_the_error_of_eps_hat(kind):
-    process = GaussianDiffusion(prediction=kind)
+def test_the_weight_of_an_error(kind, weighting):
+    """plain: none. v: the error that the output makes in v. min-snr (arXiv 2303.09556, eq. 7 and
+    section 3.4): the error in x0_hat times min(SNR, 5)."""
+    x0, eps, t, y = batch(B=12)
+    t, (a, s) = t.clamp(20, 990), coefficients(t.clamp(20, 990))    # for v: where sigma > 0.05
+    process = GaussianDiffusion(prediction=kind, weighting=weighting)
+    loss = process.loss(Spy(waves), x0, t, y, eps)
+    xt = a * x0 + s * eps
+    out = waves(xt, t.view(-1, 1, 1, 1).double(), y.view(-1, 1, 1, 1).double())
+    x0_hat, eps_hat = {"eps": ((xt - s * out) / a, out), "x0": (out, (xt - a * out) / s),
+                       "v": (a * xt - s * out, s * xt + a * out)}[kind]
+    error = {
+        "plain": {"eps": eps_hat - eps, "x0": x0_hat - x0, "v": out - (a * eps - s * x0)}[kind],
+        "v": (a * eps_hat - s * x0_hat) - (a * eps - s * x0),
+        "min-snr": (x0_hat - x0) * (a / s).clamp(max=5**0.5)}[weighting]
+    assert torch.allclose(loss.double(), error.square().mean(dim=(1, 2, 3)), rtol=1e-4)
+    every = process.loss_weight(torch.arange(1000))
+    assert every.shape == (1000,) and every.isfinite().all() and (every > 0).all()
+
+
+def test_t_from_uniform_reaches_every_timestep_alike():
+    t = GaussianDiffusion().t_from_uniform((torch.arange(8000) + 0.5) / 8000)
+    assert torch.equal(t, torch.arange(1000).repeat_interleave(8))
+    for T in (7, 1000):
+        ends = torch.tensor([0.0, 1 - 2**-24])              # all that torch.rand returns
+        assert GaussianDiffusion(num_timesteps=T).t_from_uniform(ends).tolist() == [0, T - 1]
+
+
+def test_t_from_noise_level_is_the_nearest_timestep():
+    levels = torch.linspace(-9, 9, 500)
+    nearest = np.abs(np.log(S / A)[None] - levels.numpy()[:, None]).argmin(1)
+    assert GaussianDiffusion().t_from_noise_level(levels).tolist() == nearest.tolist()
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@KINDS
+def test_loss_in_eps_is_the_error_of_eps_hat(kind, weighting):
+    process = GaussianDiffusion(prediction=kind, weighting=weighting)
     x0, eps, t, y = batch(B=12)
     t = t.clamp(1, 998)
     model = Spy(waves)
     loss = process.loss(model, x0, t, y, eps)
-    a, s = (torch.tensor(table)[t].view(-1, 1, 1, 1) for table in (A, S))
+    a, s = coefficients(t)
     xt = a * x0 + s * eps
     out = waves(xt, t.view(-1, 1, 1, 1).double(), y.view(-1, 1, 1, 1).double())
     x0_hat = {"eps": (xt - s * out) / a, "v": a * xt - s * out, "x0": out}[kind]
@@ -245,7 +311,7 @@ def test_first_loss_of_a_fresh_model_is_one():
     """It says 0, and eps has variance 1."""
     model, x0 = DiT(), torch.rand(64, 1, 28, 28) * 2 - 1
     t, y, eps = torch.randint(1000, (64,)), torch.randint(11, (64,)), torch.randn(64, 1, 28, 28)
-    loss = GaussianDiffusion().loss(model, x0, t, y, eps)
+    loss = GaussianDiffusion(prediction="eps").loss(model, x0, t, y, eps)
     assert loss.mean().item() == pytest.approx(1.0, abs=0.02)
 
 
@@ -257,14 +323,14 @@ def test_arithmetic_is_float32_whatever_the_model_returns():
     x0, eps, t, y = batch()
     with torch.autocast("cpu", torch.bfloat16):
         loss = process.loss(rough, x0, t, y, eps)
-        estimates = [process.estimate(rough, eps, 700, y, scale, True) for scale in (0, 1, 3)]
+        estimates = [process.denoise(guided(rough, y, scale), eps, 700) for scale in (0, 1, 3)]
         xt = process.q_sample(x0, t, eps)
     assert loss.dtype == xt.dtype == torch.float32
     assert torch.equal(loss, process.loss(exact, x0, t, y, eps))
     assert torch.equal(xt, process.q_sample(x0, t, eps))
     for scale, estimate in zip((0, 1, 3), estimates, strict=True):
         for ours, expected in zip(
-                estimate, process.estimate(exact, eps, 700, y, scale, True), strict=True):
+                estimate, process.denoise(guided(exact, y, scale), eps, 700), strict=True):
             assert ours.dtype == torch.float32 and torch.equal(ours, expected)
 
 
@@ -283,28 +349,26 @@ def test_posterior_is_the_product_of_two_gaussians(t):
     mean = (density * x).sum()
     variance = (density * (x - mean) ** 2).sum()
     ones = torch.ones(1, 1, 1, 1)
-    ours = GaussianDiffusion().q_posterior(x0 * ones, xt * ones, torch.tensor([t]))
+    ours = GaussianDiffusion().q_posterior(x0 * ones, xt * ones, t)
     assert ours[0].item() == pytest.approx(mean, rel=1e-5, abs=1e-6)
-    assert ours[1].item() == pytest.approx(variance, rel=1e-5)
+    assert ours[1] == pytest.approx(variance, rel=1e-5)
 
 
-def test_posterior_at_0_is_x0_and_a_batch_has_its_own_steps():
+def test_posterior_at_0_is_x0():
     process = GaussianDiffusion()
-    x0, xt, t, _ = batch()
-    mean, variance = process.q_posterior(x0, xt, t)
-    assert mean.shape == x0.shape and variance.shape == (4, 1, 1, 1)
-    assert torch.equal(mean[0], x0[0]) and variance[0] == 0
-    for i in range(4):
-        alone = process.q_posterior(x0[i : i + 1], xt[i : i + 1], t[i : i + 1])
-        assert torch.equal(alone[0][0], mean[i]) and torch.equal(alone[1][0], variance[i])
+    x0, xt, _, _ = batch()
+    mean, variance = process.q_posterior(x0, xt, 0)
+    assert torch.equal(mean, x0) and variance == 0
+    assert process.alpha_bar_at(-1) == 1.0
 
 
 def test_ddpm_steps_are_those_of_algorithm_2():
     """In DDPM's own form: eq. 11, from xt and eps_hat, without x0 and the posterior."""
-    process = GaussianDiffusion()
+    process = GaussianDiffusion(prediction="eps")
     xt, y = torch.randn(2, 1, 4, 4), torch.tensor([3, 7])
     noise, checked = fixed_noise(xt.shape), 0
-    for t, after, x0_hat in process.ddpm_sample(Spy(waves), xt, y, noise=noise, clip=False):
+    for t, after, x0_hat in process.ddpm_sample(guided(Spy(waves), y), xt, noise=noise,
+                                             clip=False):
         eps_hat = waves(xt, torch.tensor(float(t)), y.view(-1, 1, 1, 1).float())
         mean = (xt - BETA[t] / S[t] * eps_hat) / (1 - BETA[t]) ** 0.5
         if t > 0:
@@ -320,7 +384,8 @@ def test_ddim_steps_follow_equation_12():
     process, eta = GaussianDiffusion(prediction="v"), 0.5
     xt, y = torch.randn(2, 1, 4, 4), torch.tensor([3, 7])
     noise, timesteps = fixed_noise(xt.shape), process.ddim_timesteps(7)
-    steps = process.ddim_sample(Spy(waves), xt, y, noise=noise, clip=False, steps=7, eta=eta)
+    steps = process.ddim_sample(guided(Spy(waves), y), xt, noise=noise, clip=False, steps=7,
+                                eta=eta)
     for i, (t, after, x0_hat) in enumerate(steps):
         assert t == timesteps[i]
         out = waves(xt, torch.tensor(float(t)), y.view(-1, 1, 1, 1).float())
@@ -342,8 +407,8 @@ def test_ddim_at_eta_1_over_all_steps_is_ddpm(kind, clip):
     process = GaussianDiffusion(prediction=kind)
     xT, y = torch.randn(2, 1, 4, 4), torch.tensor([3, 7])
     noise = fixed_noise(xT.shape)
-    ddpm = list(process.ddpm_sample(Spy(waves), xT, y, 1.5, noise=noise, clip=clip))
-    ddim = list(process.ddim_sample(Spy(waves), xT, y, 1.5, noise=noise, clip=clip,
+    ddpm = list(process.ddpm_sample(guided(Spy(waves), y, 1.5), xT, noise=noise, clip=clip))
+    ddim = list(process.ddim_sample(guided(Spy(waves), y, 1.5), xT, noise=noise, clip=clip,
                                     steps=1000, eta=1.0))
     assert [t for t, _, _ in ddpm] == [t for t, _, _ in ddim]
     for (_, *one), (_, *other) in zip(ddpm, ddim, strict=True):
@@ -358,7 +423,7 @@ def test_ddpm_visits_every_step_once_and_adds_no_noise_at_0():
         asked.append(t)
         return torch.zeros_like(xT)
 
-    steps = list(GaussianDiffusion().ddpm_sample(model, xT, y, noise=noise))
+    steps = list(GaussianDiffusion().ddpm_sample(guided(model, y), xT, noise=noise))
     down = list(range(999, -1, -1))
     assert [t for _, t, _ in model.calls] == [[t] * 3 for t in down]
     assert all(seen == [1, 2, 3] for _, _, seen in model.calls)
@@ -380,7 +445,7 @@ def test_ddim_visits_its_steps_once_and_eta_0_asks_for_no_noise(eta):
         return torch.zeros_like(xT)
 
     process = GaussianDiffusion()
-    steps = list(process.ddim_sample(model, xT, y, noise=noise, steps=20, eta=eta))
+    steps = list(process.ddim_sample(guided(model, y), xT, noise=noise, steps=20, eta=eta))
     timesteps = process.ddim_timesteps(20)
     assert [t for _, t, _ in model.calls] == [[t] * 3 for t in timesteps]
     assert [t for t, _, _ in steps] == timesteps
@@ -392,9 +457,10 @@ def test_ddim_visits_its_steps_once_and_eta_0_asks_for_no_noise(eta):
 
 def test_ddim_is_deterministic_by_default():
     process, xT, y = GaussianDiffusion(), torch.randn(2, 1, 4, 4), torch.tensor([1, 2])
-    runs = [list(process.ddim_sample(Spy(waves), xT, y, noise=no_noise))[-1][1] for _ in range(2)]
+    predict = guided(Spy(waves), y)
+    runs = [list(process.ddim_sample(predict, xT, noise=no_noise))[-1][1] for _ in range(2)]
     assert torch.equal(*runs)
-    assert len(process.ddim_timesteps(50)) == len(list(process.ddim_sample(Spy(), xT, y)))
+    assert len(process.ddim_timesteps(50)) == len(list(process.ddim_sample(predict, xT)))
 
 
 def test_ddim_timesteps_are_evenly_spaced_and_include_both_ends():
@@ -414,14 +480,15 @@ def test_ddim_timesteps_are_evenly_spaced_and_include_both_ends():
 @SAMPLERS
 def test_default_noise_is_standard_normal(sampler):
     """Over all steps at eta = 1, both samplers ask for it alike."""
-    process, y = GaussianDiffusion(num_timesteps=20, beta_end=0.5), torch.zeros(2).long()
+    process = GaussianDiffusion(num_timesteps=20, beta_end=0.5, prediction="eps")
+    predict = guided(Spy(), torch.zeros(2).long())
     xT = torch.randn(2, 1, 64, 64)
     how = dict(steps=20, eta=1.0) if sampler == "ddim_sample" else {}
     torch.manual_seed(1)
-    default = [xt for _, xt, _ in getattr(process, sampler)(Spy(), xT, y, **how)]
+    default = [xt for _, xt, _ in getattr(process, sampler)(predict, xT, **how)]
     torch.manual_seed(1)
     given = [xt for _, xt, _ in getattr(process, sampler)(
-        Spy(), xT, y, noise=lambda t: torch.randn(2, 1, 64, 64), **how)]
+        predict, xT, noise=lambda t: torch.randn(2, 1, 64, 64), **how)]
     assert all(torch.equal(*pair) for pair in zip(default, given, strict=True))
 
 
@@ -431,7 +498,7 @@ def test_samplers_record_no_gradient_and_leave_the_caller_alone(sampler):
     process = GaussianDiffusion(num_timesteps=3)
     how = dict(steps=3) if sampler == "ddim_sample" else {}
     for _, xt, x0_hat in getattr(process, sampler)(
-            model, torch.randn(2, 1, 8, 8), torch.tensor([0, 1]), **how):
+            guided(model, torch.tensor([0, 1])), torch.randn(2, 1, 8, 8), **how):
         assert torch.is_grad_enabled()
         assert not xt.requires_grad and not x0_hat.requires_grad
 
@@ -442,9 +509,9 @@ def test_samplers_record_no_gradient_and_leave_the_caller_alone(sampler):
 @pytest.mark.parametrize("scale, labels", [(1.0, [[3, 7]]), (0.0, [[10, 10]]),
                                            (2.5, [[3, 7, 10, 10]]), (-0.5, [[3, 7, 10, 10]])])
 def test_guidance_costs_one_forward(scale, labels):
-    """s = 1 of B conditional, s = 0 of B unconditional, otherwise of both halves."""
+    """Scale 1: of B conditional; 0: of B unconditional; any other: of both halves."""
     model, xt, y = Spy(waves), torch.randn(2, 1, 4, 4), torch.tensor([3, 7])
-    out = guided_output(model, xt, torch.tensor([5, 5]), y, scale)
+    out = classifier_free_guidance(model, y, scale)(xt, 5)
     assert [seen for _, _, seen in model.calls] == labels
     assert model.calls[0][1] == [5] * len(labels[0])
     cond = waves(xt, torch.tensor(5.0), y.view(-1, 1, 1, 1).float())
@@ -455,32 +522,32 @@ def test_guidance_costs_one_forward(scale, labels):
 def test_no_class_is_the_models_own():
     model = Spy(waves)
     model.null_class = 3
-    guided_output(model, torch.randn(1, 1, 4, 4), torch.tensor([5]), torch.tensor([0]), 4.0)
+    classifier_free_guidance(model, torch.tensor([0]), 4.0)(torch.randn(1, 1, 4, 4), 5)
     assert model.calls[0][2] == [0, 3]
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
 @KINDS
 def test_guiding_the_output_guides_eps(kind, scale):
-    """Whatever the output means: eps_uncond + s (eps_cond - eps_uncond)."""
+    """Whatever the output means: eps_uncond + cfg_scale (eps_cond - eps_uncond)."""
     process, t = GaussianDiffusion(prediction=kind), 400
     xt, y = torch.randn(2, 1, 4, 4), torch.tensor([3, 7])
-    halves = [process.estimate(Spy(waves), xt, t, labels, 1.0, clip=False)
+    halves = [process.denoise(guided(Spy(waves), labels), xt, t, clip=False)
               for labels in (y, torch.full_like(y, 10))]
     (_, eps_cond), (_, eps_uncond) = halves
-    x0_hat, eps_hat = process.estimate(Spy(waves), xt, t, y, scale, clip=False)
+    x0_hat, eps_hat = process.denoise(guided(Spy(waves), y, scale), xt, t, clip=False)
     expected = eps_uncond + scale * (eps_cond - eps_uncond)
     assert torch.allclose(eps_hat, expected, atol=1e-5)
-    steps = torch.full((2,), t)
-    assert torch.allclose(x0_hat, process.predict_x0(xt, steps, expected), atol=1e-4)
+    assert torch.allclose(x0_hat.double(), (xt - S[t] * expected.double()) / A[t], atol=1e-4)
 
 
 @KINDS
 def test_guide_then_clip_then_eps_from_the_clipped_x0(kind):
     process, t = GaussianDiffusion(prediction=kind), 600
     xt, y = 2 * torch.randn(2, 1, 8, 8), torch.tensor([3, 7])
-    free, _ = process.estimate(Spy(waves), xt, t, y, 3.0, clip=False)
-    x0_hat, eps_hat = process.estimate(Spy(waves), xt, t, y, 3.0, clip=True)
+    predict = guided(Spy(waves), y, 3.0)
+    free, _ = process.denoise(predict, xt, t, clip=False)
+    x0_hat, eps_hat = process.denoise(predict, xt, t)
     assert (free.abs() > 1).any() and (free.abs() < 1).any()
     assert torch.equal(x0_hat, free.clamp(-1, 1))
     assert torch.allclose((A[t] * x0_hat + S[t] * eps_hat).float(), xt, atol=1e-5)
@@ -492,12 +559,15 @@ def test_samplers_guide_and_clip(sampler):
     process, xT = GaussianDiffusion(prediction="x0"), torch.randn(2, 1, 4, 4)
     model = Spy(lambda xt, t, y: y.expand_as(xt) / 5)       # class 0: 0, 5: 1, "no class": 2
     y, sample = torch.tensor([0, 5]), getattr(process, sampler)
-    last = lambda *args, **how: list(sample(model, xT, y, *args, **how))[-1][1][:, 0, 0, 0].tolist()
-    assert last() == [0.0, 1.0] and len(model.calls[-1][2]) == 2
+
+    def last(scale, **how):
+        return list(sample(guided(model, y, scale), xT, **how))[-1][1][:, 0, 0, 0].tolist()
+
+    assert last(1.0) == [0.0, 1.0] and len(model.calls[-1][2]) == 2
     assert last(0.0) == [1.0, 1.0]                          # clipped
     assert last(0.0, clip=False) == [2.0, 2.0]
     assert last(2.0, clip=False) == [-2.0, 0.0] and len(model.calls[-1][2]) == 4
-    assert last(cfg_scale=2.0) == [-1.0, 0.0]
+    assert last(2.0) == [-1.0, 0.0]
 
 
 @SAMPLERS
@@ -509,8 +579,9 @@ def test_a_model_with_variance_channels_samples_and_learns_by_its_first(sampler,
     process = GaussianDiffusion(num_timesteps=50)
     xT, y = torch.randn(2, 3, 4, 4), torch.tensor([3, 7])
     how = dict(steps=10) if sampler == "ddim_sample" else {}
-    ends = [list(getattr(process, sampler)(model, xT, y, scale, noise=fixed_noise(xT.shape),
-                                           **how))[-1] for model in (plain, double)]
+    ends = [list(getattr(process, sampler)(guided(model, y, scale), xT,
+                                           noise=fixed_noise(xT.shape), **how))[-1]
+            for model in (plain, double)]
     assert torch.equal(ends[0][1], ends[1][1]) and ends[1][1].shape == xT.shape
     x0, eps, _, _ = batch()
     t, y = torch.tensor([0, 10, 20, 49]), torch.arange(4)
@@ -559,7 +630,8 @@ def test_gaussian_data_follow_the_recursion_on_paper(kind, sampler, how, distanc
         timesteps = [round(999 * i / (how["steps"] - 1)) for i in reversed(range(how["steps"]))]
         eta = how.get("eta", 0.0)
     u, variance = xT.double() - A[999] * MEAN, 1.0
-    steps = getattr(process, sampler)(model, xT, y.long(), noise=noise, clip=False, **how)
+    predict = guided(model, y.long())
+    steps = getattr(process, sampler)(predict, xT, noise=noise, clip=False, **how)
     for (t, xt, _), expected_t, t_next, (k, sigma) in zip(
             steps, timesteps, timesteps[1:] + [None], on_paper(timesteps, eta), strict=True):
         u = k * u + (sigma * noise(t) if sigma > 0 else 0)
@@ -571,9 +643,14 @@ def test_gaussian_data_follow_the_recursion_on_paper(kind, sampler, how, distanc
     assert variance / SD**2 - 1 == pytest.approx(distance, abs=1e-4)
 
 
-def test_nothing_of_the_project_is_imported():
-    ours = {path.stem for path in Path(__file__).parent.parent.glob("*.py")}
-    for node in ast.walk(ast.parse(inspect.getsource(diffusion))):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
-            [node.module] if isinstance(node, ast.ImportFrom) else [])
-        assert not ours & {name.split(".")[0] for name in names}
+def test_running_the_file_checks_it(tmp_path):
+    process = command("diffusion.py", cwd=tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err == ""
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["eps", "v", "x0"]
+    for line in lines[4:]:                                  # under the heading
+        t, *printed = line.split()
+        exact = ALPHA_BAR[int(t)], A[int(t)], S[int(t)]
+        assert [float(x) for x in printed] == pytest.approx(exact, abs=6e-5)
+    assert len(lines) == 8
