@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from diffusion import GaussianDiffusion, classifier_free_guidance
 from dit import DiT
-from support import checkpoints, distributed, pictures
+from support import checkpoints, distributed, paths, pictures
 from support.cli import run_command, say
 from support.data import to_uint8
 from support.folders import find_checkpoint
@@ -121,9 +121,10 @@ def main(argv: list[str] | None = None) -> int:
     y = torch.tensor(labels).repeat_interleave(per_class)
     columns = per_class if per_class > 1 else math.ceil(math.sqrt(len(labels)))
     outputs = targets(args, len(y))
-    distributed.say(f"{checkpoint.path}: step {checkpoint.step:,}, {how[0]['sampler']}, "
+    distributed.say(f"{paths.short(checkpoint.path)}: step {checkpoint.step:,}"
+                    f"{'' if checkpoint.step else ' (untrained)'}, {how[0]['sampler']}, "
                     f"{how[0]['steps']} steps, guidance {' '.join(f'{s:g}' for s in scales)}, "
-                    f"{len(y)} images, seed {args.seed}")
+                    f"{len(y)} image{'s' * (len(y) > 1)}, seed {args.seed}")
 
     # Sample, once for each guidance scale; under torchrun each process takes every n-th batch
     batches = list(torch.arange(len(y)).split(args.batch_size))

@@ -196,6 +196,8 @@ def _validate(state: object, path: Path, full: bool) -> dict:
                 _get(scaler, key, kind, "scaler", lambda v: 0 <= v < 2**31)
     except _Invalid as invalid:
         raise Damaged(f"{name} is not a valid checkpoint: {shorten(invalid)}") from None
+    except UserError as error:      # not damaged: another version's network or process
+        raise UserError(f"{name}: {error}") from None
     return state
 
 
@@ -242,8 +244,8 @@ def _checked_config(state: dict) -> dict:
 
     try:
         process = components.process_class(config["process"])(**config["diffusion"])
-    except (ValueError, RuntimeError) as error:
-        raise _Invalid(f"config['diffusion']: {error}") from None
+    except Exception as error:      # any combination of numbers may come from a damaged file
+        raise _Invalid(f"config['diffusion']: {shorten(error)}") from None
     sampling, where = config["sampling"], "config['sampling']"
     _get(sampling, "sampler", str, where, lambda v: v in process.samplers)
     _get(sampling, "steps", int, where, lambda v: 0 < v <= process.num_timesteps)

@@ -4,8 +4,8 @@ Training, sampling, evaluation and checkpoints know nothing else about them. So 
 process takes the place of `dit.DiT` or `diffusion.GaussianDiffusion` by an entry in the registry.
 
 A network is a torch.nn.Module:
-    __init__(input_size, in_channels, num_classes, ...)     further arguments: int, float, bool or
-                                                            str, each with a default
+    __init__(input_size, in_channels, num_classes, ...)     further arguments: int, float (below a
+                                                            million), bool or str, with defaults
     model(xt, t, y) -> (B, C', H, H), C' >= C               the output is in the first C channels
     input_size, in_channels, num_classes, null_class        attributes
     named_parameters()                                      Muon trains the matrices in "blocks."
@@ -28,7 +28,6 @@ signature, and one that it lacks takes its default.
 
 import importlib
 import inspect
-import math
 
 from torch import nn
 
@@ -80,20 +79,20 @@ def arguments_for(cls: type, offered: dict) -> dict:
 
 def check_arguments(cls: type, given: dict) -> dict:
     """Arguments from a file, completed by defaults. Raises ValueError unless each is one of the
-    constructor's and has its type; numbers must be below a million."""
+    constructor's and has its type; numbers lie between minus and plus a million."""
     known = arguments(cls)
     for key, value in given.items():
         if key not in known:
             raise ValueError(f"{key!r} is not an argument of {cls.__name__}")
         default = known[key].default
         kinds = {bool: bool, int: int, float: (int, float), str: str}
-        kind = next((kinds[k] for k in kinds if known[key].annotation in (k, k.__name__)
-                     or type(default) is k), (bool, int, float, str))
+        kind = next((kinds[k] for wanted in (known[key].annotation, type(default)) for k in kinds
+                     if wanted in (k, k.__name__)), (bool, int, float, str))
         right = isinstance(value, kind) and (kind is bool or kind == (bool, int, float, str)
                                              or not isinstance(value, bool))
         if not right:
             raise ValueError(f"{key!r} is {type(value).__name__}")
-        if isinstance(value, int | float) and not (math.isfinite(value) and 0 <= value < 2**20):
+        if isinstance(value, int | float) and not abs(value) < 2**20:
             raise ValueError(f"{key!r} is {value!r}")
     complete = arguments_for(cls, given)
     for key in known:

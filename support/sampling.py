@@ -3,6 +3,7 @@
 import inspect
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from support.data import to_uint8
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MAX_SHOWN = 10_000              # images in one picture
+HINT = "; a checkpoint goes before the flags"
 
 
 def parse_label(text: str, class_names: list[str]) -> int:
@@ -40,9 +42,8 @@ def parse_label(text: str, class_names: list[str]) -> int:
     if text.isascii() and text.isdigit() and len(text) < 10 and int(text) < len(class_names):
         return int(text)
     known = ", ".join(shorten(n, 40) for n in class_names[:10]) + ", ..." * (len(class_names) > 10)
-    hint = "; a checkpoint goes before the flags" if os.path.exists(text) else ""
-    raise UserError(f"label {shorten(text)!r} is not a class of this model: {known} "
-                    f"(or an index from 0 to {len(class_names) - 1}){hint}")
+    raise UserError(f"label {shorten(text)!r} is not a class of this model: {known} (or an index "
+                    f"from 0 to {len(class_names) - 1})" + HINT * os.path.exists(text))
 
 
 def resolve_sampling(checkpoint, cfg_scale: float | None = None, steps: int | None = None,
@@ -92,6 +93,10 @@ class SampleParser(Parser):
         if extra:
             self.error(f"unrecognized arguments: {' '.join(extra)}")
         return args
+
+    def error(self, message: str):
+        value = re.findall("argument --cfg-scale: (.*) is not a number", message, re.DOTALL)
+        super().error(message + HINT * (bool(value) and os.path.exists(value[0])))
 
     def _checkpoint_first(self, argv: list[str] | None) -> list[str]:
         argv = list(sys.argv[1:] if argv is None else argv)
@@ -186,9 +191,9 @@ def write_all(outputs: dict[str, Path], grids: list[Tensor], scales: list[float]
             [pictures.grid(images, columns, title, scale)
              for images, title in zip(grids, titles, strict=True)])),
         "gif": lambda path: atomic_write(path, lambda file: file.write(pictures.animation(
-            [pictures.grid(images, columns, scale=scale) for images in recorder.stills()]))),
+            [pictures.grid(images, columns, scale=scale) for images in recorder.frames()]))),
         "trajectory": lambda path: pictures.save_picture(
-            path, pictures.trajectory_strip(recorder.first)),
+            path, pictures.trajectory_strip(recorder.trajectory)),
         "npz": lambda path: atomic_write(path, lambda file: np.savez(
             file, grids[0].permute(0, 2, 3, 1).numpy(), y.numpy())),
     }
