@@ -9,6 +9,8 @@ The checkpoint describes itself: its network, its process, its classes, and how 
 From Python: `from sample import load, generate`, then `generate(load(), [3, 1, 4])`.
 """
 
+import support.threads  # noqa: F401  (before torch)
+
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

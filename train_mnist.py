@@ -9,6 +9,8 @@ Each step takes a batch of images, drops some labels, noises each image to a tim
 and trains the network to predict what was mixed. Samples are drawn with the EMA of the weights.
 """
 
+import support.threads  # noqa: F401  (before torch)
+
 import torch
 from torch import nn
 
@@ -100,7 +102,7 @@ def make_optimizers(model: nn.Module, args) -> list[torch.optim.Optimizer]:
             and p.ndim == 2 and name.startswith("blocks.") and "adaLN" not in name}
     rest = [p for name, p in model.named_parameters() if name not in muon]
     optimizers = [torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.99),
-                                    weight_decay=args.weight_decay)]
+                                    weight_decay=args.weight_decay, fused=True)]
     if muon:
         optimizers.append(BatchedMuon(muon.values(), lr=args.muon_lr, momentum=0.95,
                                       weight_decay=args.weight_decay))

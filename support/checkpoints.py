@@ -299,7 +299,7 @@ def restore_optimizer(opt: torch.optim.Optimizer, saved: object) -> None:
             for key, w in moments.items():
                 shape = torch.Size() if key == "step" else params[i].shape
                 _require(isinstance(w, Tensor) and w.is_floating_point() and w.shape == shape
-                      and bool(w.isfinite().all()) and (key != "step" or 0 < w < 2**53),
+                      and bool(w.isfinite().all()) and (key != "step" or 0 <= w < 2**53),
                       f"opt's {key} of parameter {i} is not a tensor of {tuple(shape)} numbers")
                 _require(key != "exp_avg_sq" or bool((w >= 0).all()), f"opt's {key} is negative")
     except _Invalid as invalid:

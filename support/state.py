@@ -64,13 +64,14 @@ class TrainingState:
         for opt in self.optimizers:
             self.scaler.unscale_(opt)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip or float("inf"))
-        # an overflow in one optimizer's gradients stops them all
-        overflow = self.scaler.is_enabled() and not grad_norm.isfinite()
         for opt in self.optimizers:
             for group in opt.param_groups:
                 group["lr"] = group["initial_lr"] * lr_factor
-            if not overflow:
-                self.scaler.step(opt)
+            if self.scaler.is_enabled():
+                # an overflow in one optimizer's gradients skips the step of all; they test it on
+                # the device, where GradScaler.step would wait for the host
+                opt.found_inf = (~grad_norm.isfinite()).float()
+            opt.step()
             opt.zero_grad(set_to_none=True)
         self.scaler.update()
         return grad_norm
