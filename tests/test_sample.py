@@ -1,7 +1,6 @@
-"""The sampling script: noise that belongs to the image, what the flags mean, what is refused."""
+"""sample.py as a command: an image's noise, what the flags mean, what is refused."""
 
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoints
 import sample
-from cli import UserError
 from conftest import ROOT, command, load
-from data import to_uint8
-from sample import ImageNoise, parse_label
+from diffusion import classifier_free_guidance
+from support import checkpoints, paths, pictures
+from support.cli import UserError, run_command
+from support.data import to_uint8
+from support.sampling import parse_label, parser
+from support.seeds import ImageNoise
 
 NAMES = ["cat", "3", "seven", "10"]
-CELL = 58                                   # a 28-pixel digit, twice as large, and its gap
 
 
 def run(*flags) -> int:
@@ -32,11 +32,28 @@ def arrays(*flags) -> tuple[np.ndarray, np.ndarray]:
     return file["arr_0"], file["arr_1"]
 
 
+def printed(capsys, *flags) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error, as a user sees them."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: run(*flags))
+    return ended.value.code, *capsys.readouterr()
+
+
 @pytest.fixture
-def lively(train):
+def lively(trained):
     """A checkpoint whose samples depend on the label, the weights and the guidance."""
-    assert train("--steps", 30, "--lr", 0.01, "--muon-lr", 0.1, "--out", "run") == 0
-    return Path("run/step_0000030.pt").resolve()
+    return trained("--steps", 30, "--lr", 0.01, "--muon-lr", 0.1)
+
+
+@pytest.fixture
+def short(lively):
+    """The same network with a process of 40 timesteps, for DDPM's sampler, which takes them all."""
+    state = load(lively)
+    state["config"]["diffusion"].update(num_timesteps=40, beta_end=0.3)
+    state["config"]["sampling"]["steps"] = 20
+    checkpoints.save(Path("short.pt"), state)
+    return Path("short.pt")
 
 
 # ---------------------------------------------------------------- noise
@@ -56,8 +73,8 @@ def test_the_noise_of_an_image_depends_on_seed_and_place_alone():
 
 @pytest.mark.parametrize("flags", [
     ("--steps", 5), ("--steps", 5, "--eta", 1), ("--sampler", "ddpm")])
-def test_an_image_is_the_same_whatever_the_batch_size_and_the_rest_of_the_grid(lively, flags):
-    base = (lively, "--seed", 4, *flags)
+def test_an_image_is_the_same_whatever_the_batch_size_and_the_rest_of_the_grid(short, flags):
+    base = (short, "--seed", 4, *flags)
     images, labels = arrays(*base, "--labels", 3, 7, 1, "--per-class", 3)
     assert labels.tolist() == [3, 3, 3, 7, 7, 7, 1, 1, 1]
     split, _ = arrays(*base, "--labels", 3, 7, 1, "--per-class", 3, "--batch-size", 2)
@@ -65,7 +82,7 @@ def test_an_image_is_the_same_whatever_the_batch_size_and_the_rest_of_the_grid(l
     for other in (split, fewer):
         assert np.abs(images[:len(other)].astype(int) - other).max() <= 1
     assert np.abs(images[:3].astype(int) - images[3:6]).max() > 1
-    elsewhere, _ = arrays(lively, "--seed", 5, *flags, "--labels", 3, "--per-class", 3)
+    elsewhere, _ = arrays(short, "--seed", 5, *flags, "--labels", 3, "--per-class", 3)
     assert np.abs(images[:3].astype(int) - elsewhere).max() > 1
 
 
@@ -86,43 +103,54 @@ def test_labels_are_names_then_number_words_then_indices(text, index):
         assert parse_label(text, NAMES) == index
 
 
-def test_class_names_from_a_file_are_printed_safely():
-    with pytest.raises(UserError) as caught:
-        parse_label("x", ["\x1b[2Jevil\n", "b"])
-    assert "\x1b" not in str(caught.value) and "\n" not in str(caught.value)
+def test_names_from_files_are_printed_safely(checkpoint, capsys):
+    """Class names and file names may hold escape sequences: none reaches the terminal."""
+    state = load(checkpoint)
+    state["class_names"][0] = "\x1b[2Jevil\n"
+    checkpoints.save(Path("a\x1b[31m.pt"), state)
+    for flags, status in [(("--steps", 1, "--out", "b\x1b\n.png"), 0), (("--labels", "x"), 2),
+                          (("--out", "b\x1b\n.png"), 2), (("--out", "c\x9b.txt"), 2),
+                          (("--\x1b[2J",), 2), (("--labels", "\x1b[2J\r"), 2)]:
+        code, out, err = printed(capsys, "a\x1b[31m.pt", *flags)
+        lines = (out if status == 0 else err).splitlines()
+        assert code == status and len(lines) == (2 if status == 0 else 1)
+        assert all(line.isprintable() for line in lines), lines
+    assert "\\x1b[2Jevil\\n" in printed(capsys, "a\x1b[31m.pt", "--labels", "x")[2]
+    assert "missing\\x1b.pt" in printed(capsys, "missing\x1b.pt")[2]
 
 
 # ---------------------------------------------------------------- which checkpoint
 
 
-def test_the_newest_checkpoint_is_taken(checkpoint, capsys):
-    for name, age in [("001-a", 10), ("002-b", 5)]:
-        Path("output", name).mkdir(parents=True)
-        target = shutil.copy(checkpoint, f"output/{name}/step_0000003.pt")
-        now = Path(target).stat().st_mtime
-        os.utime(target, (now - age, now - age))
+def test_the_newest_run_is_taken_and_in_it_the_highest_step(trained, train, capsys):
+    """Also after `cp -r`, which leaves the files of a run with times in any order."""
+    for name, age in [("001-a", 10), ("002-b", 5), ("003-c", 20)]:
+        trained("--steps", 6, "--save-every", 2, "--keep", 9, out=f"output/{name}")
+        for i, path in enumerate(sorted(Path("output", name).glob("*.*"))):
+            os.utime(path, (1e9 - age - i / 10,) * 2)           # the first step is the newest file
     assert run("--steps", 2) == 0
     out = capsys.readouterr().out
-    assert "output/002-b/step_0000003.pt" in out and "output/samples-001.png" in out
-    assert run("output/001-a", "--steps", 2) == 0           # a folder: its newest
-    assert "output/001-a/step_0000003.pt" in capsys.readouterr().out
+    assert "output/002-b/step_0000006.pt" in out and "output/samples-001.png" in out
+    assert run("output/001-a", "--steps", 2) == 0               # a folder: its highest step
+    assert "output/001-a/step_0000006.pt" in capsys.readouterr().out
+    assert sample.load().path.samefile("output/002-b/step_0000006.pt")
+    assert train("--resume", "--steps", 8) == 0
+    assert "resuming" in (out := capsys.readouterr().out) and "002-b at step 6" in out
+    assert Path("output/002-b/step_0000008.pt").is_file()
 
 
 def test_without_a_run_the_checkpoint_that_ships_is_used_and_named(
-        checkpoint, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    shutil.rmtree("output", ignore_errors=True)
-    monkeypatch.setattr(sample, "SHIPPED", tmp_path / "assets" / "mnist.pt")
-    with pytest.raises(UserError, match="no checkpoint under output/: train one"):
+        checkpoint, here, monkeypatch, capsys):
+    monkeypatch.setattr(paths, "SHIPPED", here / "assets" / "mnist.pt")
+    with pytest.raises(UserError, match="no checkpoint under output: train one"):
         run()
-    checkpoints.save(sample.SHIPPED, checkpoints.shared(load(checkpoint)))
+    checkpoints.save(paths.SHIPPED, checkpoints.shared(load(checkpoint)))
     assert run("--steps", 2) == 0
-    assert "the checkpoint that ships" in capsys.readouterr().out
+    assert "the checkpoint that ships, assets/mnist.pt" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not (ROOT / "assets" / "mnist.pt").is_file(), reason="no checkpoint ships")
-def test_the_checkpoint_that_ships_is_small_and_samples(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_checkpoint_that_ships_is_small_and_samples(here):
     path = ROOT / "assets" / "mnist.pt"
     assert path.stat().st_size < 8e6
     state = checkpoints.load(path)
@@ -136,9 +164,9 @@ def test_the_checkpoint_that_ships_is_small_and_samples(tmp_path, monkeypatch):
 
 def test_grids_have_a_row_per_label_and_are_near_square_with_one_each(checkpoint):
     def size(*flags):
-        assert run(checkpoint, "--steps", 1, "--force", "--out", "x.png", *flags) == 0
+        assert run(checkpoint, "--steps", 1, "--force", "--out", "x.png", "--scale", 3, *flags) == 0
         width, height = Image.open("x.png").size
-        return (width - 2) / CELL, (height - 2) / CELL
+        return (width - 2) / (3 * 28 + 2), (height - 2) / (3 * 28 + 2)
 
     assert size() == (10, 10)
     assert size("--per-class", 3) == (3, 10)
@@ -147,24 +175,43 @@ def test_grids_have_a_row_per_label_and_are_near_square_with_one_each(checkpoint
     assert size("--labels", 3, 1, "--per-class", 5) == (5, 2)
 
 
-def test_several_guidances_make_a_labelled_grid_each(lively):
+def test_small_images_are_enlarged_unless_scale_says_otherwise(checkpoint):
+    widths = []
+    for flags in [(), ("--scale", 1), ("--scale", 5)]:
+        run(checkpoint, "--steps", 1, "--labels", 3, "--force", "--out", "x.png", *flags)
+        widths.append(Image.open("x.png").width)
+    assert widths[0] > 60 and widths[1:] == [28 + 4, 5 * 28 + 4]
+
+
+def test_several_guidances_make_a_titled_panel_each(lively):
     flags = (lively, "--steps", 3, "--labels", 1, 2, 3, 4)
     run(*flags, "--cfg-scale", 0, 1, 4, "--out", "three.png")
-    run(*flags, "--cfg-scale", 4, "--out", "four.png")
-    three, four = Image.open("three.png"), Image.open("four.png")
-    assert three.size == (3 * four.width, four.height + 18)
-    last = three.crop((2 * four.width, 18, three.width, three.height))
-    assert np.array_equal(np.asarray(last), np.asarray(four))
-    title = np.asarray(three.crop((0, 0, four.width, 18)))
-    assert title.max() > 200                                # written above each
-    pictures = [np.asarray(three.crop((i * four.width, 18, (i + 1) * four.width, three.height)))
-                for i in range(3)]
-    assert not np.array_equal(pictures[0], pictures[1])
-    assert not np.array_equal(pictures[1], pictures[2])
+    panels = []
+    for scale in (0, 1, 4):
+        images = torch.from_numpy(arrays(*flags, "--cfg-scale", scale)[0]).permute(0, 3, 1, 2)
+        panels.append(pictures.grid(images, 2, f"guidance {scale}"))
+    assert np.array_equal(Image.open("three.png"), pictures.side_by_side(panels))
+    parts = [np.asarray(panel)[20:].tobytes() for panel in panels]      # below the title
+    assert len(set(parts)) == 3
 
 
-def test_sampler_steps_eta_weights_and_seed_change_the_images(lively):
-    base = (lively, "--labels", 3, "--per-class", 4)
+def test_a_checkpoint_may_stand_behind_a_list_of_values(lively, capsys):
+    """`--labels 3 1 CKPT` and `--cfg-scale 1 2 CKPT`: a file is taken for what it is; a folder,
+    which could be a label, is not, and the message says what to do."""
+    code, out, _ = printed(capsys, "--steps", 2, "--out", "a.png", "--labels", 3, 1, lively)
+    assert code == 0 and "step 30" in out and "2 images" in out
+    code, out, _ = printed(capsys, "--out", "b.png", "--steps", 2, "--cfg-scale", 1, 2,
+                           "run/step_0000030.pt")
+    assert code == 0 and "guidance 1 2," in out and "100 images" in out
+    for flag in ("--labels", "--cfg-scale"):
+        code, _, err = printed(capsys, flag, 1, 2, "run")
+        assert code == 2 and "run" in err and "a checkpoint goes before the flags" in err
+    code, _, err = printed(capsys, "--cfg-scale", 1, "x")
+    assert code == 2 and "before the flags" not in err
+
+
+def test_sampler_steps_eta_weights_and_seed_change_the_images(short):
+    base = (short, "--labels", 3, "--per-class", 4)
     seen = [arrays(*base, *flags)[0] for flags in [
         (), ("--steps", 5), ("--steps", 5, "--eta", 0.5), ("--sampler", "ddpm"),
         ("--weights", "model"), ("--seed", 1), ("--cfg-scale", 1)]]
@@ -186,37 +233,43 @@ def test_arrays_are_those_of_the_published_evaluation_suites(checkpoint):
     assert labels.tolist() == [5, 5, 0, 0]
     assert not Path("output").exists()                      # --npz alone draws no grid
     run(checkpoint, "--steps", 1, "--labels", 5, 0, "--per-class", 2, "--npz", "b.npz", "--out",
-        "b.png")
+        "b.png", "--scale", 2)
     top_left = np.asarray(Image.open("b.png"))[2:58:2, 2:58:2, 0]
     assert np.array_equal(top_left, images[0, :, :, 0])
 
 
-def test_arrays_may_hold_more_images_than_a_picture(checkpoint, monkeypatch):
-    monkeypatch.setattr(sample, "MOST_SHOWN", 3)
-    assert len(arrays(checkpoint, "--steps", 1, "--labels", 5, "--per-class", 4)[0]) == 4
+def test_arrays_may_hold_more_images_than_a_picture(checkpoint):
+    images, labels = arrays(checkpoint, "--steps", 1, "--labels", 5, "--per-class", 10_001,
+                            "--cfg-scale", 1)
+    assert len(images) == len(labels) == 10_001
 
 
-def test_a_gif_moves_from_noise_to_the_sample(lively):
+def test_a_gif_moves_from_noise_to_the_sample(lively, short):
     run(lively, "--labels", 3, 1, "--steps", 6, "--batch-size", 1, "--gif", "a.gif",
         "--out", "a.png")
     film, last = Image.open("a.gif"), Image.open("a.png")
     assert film.n_frames == 6 and film.size == last.size
     film.seek(5)
     assert np.abs(np.asarray(film.convert("RGB")).astype(int) - np.asarray(last)).mean() < 4
-    run(lively, "--sampler", "ddpm", "--labels", 3, "--gif", "b.gif")
+    film.seek(0)
+    assert np.abs(np.asarray(film.convert("RGB")).astype(int) - np.asarray(last)).mean() > 20
+    run(short, "--sampler", "ddpm", "--labels", 3, "--gif", "b.gif")
     assert Image.open("b.gif").n_frames == 24
 
 
-def test_a_strip_shows_xt_over_x0_hat(lively):
+def test_a_strip_shows_xt_over_x0_hat_of_the_first_image(lively):
+    """Where the sampler itself, called here, went."""
     run(lively, "--labels", 3, 1, "--steps", 20, "--batch-size", 1, "--trajectory", "t.png",
-        "--out", "a.png")
-    strip, first = np.asarray(Image.open("t.png")), np.asarray(Image.open("a.png"))
-    assert strip.shape == (18 + 2 * CELL + 2, 10 * CELL + 2, 3)
-    xt, x0_hat = (strip[18 + 2 + r * CELL:][:56, 2 + 9 * CELL:][:, :56].astype(int) for r in (0, 1))
-    assert np.array_equal(x0_hat, first[2:58, 2:58])        # the last estimate is the sample,
-    assert 0 < np.abs(xt - x0_hat).max() < 10               # and t = 0 a little noisier than that
-    start = to_uint8(ImageNoise(0, 0, 1, (1, 28, 28))("T"))[0, 0].numpy()
-    assert np.array_equal(strip[20:76:2, 2:58:2, 0], start)         # what the first step saw
+        "--cfg-scale", 2)
+    model, process = checkpoints.build(checkpoints.load(lively))
+    xt, frames = ImageNoise(0, 0, 1, (1, 28, 28))("T"), []
+    predict = classifier_free_guidance(model, torch.tensor([3]), 2.0)
+    for t, then, x0_hat in process.ddim_sample(predict, xt, steps=20):
+        frames.append((t, to_uint8(xt[0]), to_uint8(x0_hat[0])))
+        xt = then
+    strip, expected = Image.open("t.png"), pictures.trajectory_strip(frames)
+    assert strip.size == expected.size
+    assert np.abs(np.asarray(strip).astype(int) - np.asarray(expected)).max() <= 1
 
 
 def test_default_names_are_numbered_and_nothing_is_overwritten(checkpoint):
@@ -253,10 +306,12 @@ def test_default_names_are_numbered_and_nothing_is_overwritten(checkpoint):
     (["--out", "file/x.png"], ["file/x.png"]),
     (["--device", "tpu"], ["--device tpu"]),
     (["--lables", "3"], ["--lables", "--labels"]),
+    (["--sampler", "euler"], ["--sampler euler", "ddim, ddpm"]),
+    (["--scale", "0"], ["--scale", "at least 1"]),
     (["--seed", "-1"], ["--seed"]),
     (["--seed", "9" * 30], ["--seed", "at most"]),
     (["--per-class", "1000000000000"], ["--per-class", "at most 100,000"]),
-    (["--per-class", "5000"], ["50,000 images in one picture", "--npz"]),
+    (["--per-class", "5000"], ["50,000 images", "one picture", "--npz"]),
     (["--per-class", "5000", "--npz", "n.npz", "--out", "n.png"], ["50,000", "10,000"]),
     (["--batch-size", "1000000000"], ["--batch-size", "at most 65,536"]),
     (["--out", "s.png", "--trajectory", "./s.png"], ["--out and --trajectory", "s.png"]),
@@ -283,7 +338,7 @@ def test_a_shared_checkpoint_has_the_ema_alone_and_names_no_path(checkpoint, tmp
     checkpoints.save(Path("shared.pt"), checkpoints.shared(state))
     assert str(tmp_path) not in str(checkpoints.load(Path("shared.pt"))["config"])
     assert run("shared.pt", "--steps", 1) == 0
-    with pytest.raises(UserError, match="holds no 'model' weights"):
+    with pytest.raises(UserError, match="no 'model' weights"):
         run("shared.pt", "--weights", "model")
 
 
@@ -299,7 +354,7 @@ def test_files_that_are_no_checkpoint(checkpoint):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that takes no files")
 def test_a_folder_that_takes_no_files_is_found_before_any_work(checkpoint):
-    with pytest.raises(UserError, match="no writing in /proc"):
+    with pytest.raises(UserError, match="no write access to /proc"):
         run(checkpoint, "--out", "/proc/x.png")
 
 
@@ -308,9 +363,9 @@ def test_a_file_name_as_long_as_the_disk_allows(checkpoint):
     assert run(checkpoint, "--steps", 1, "--out", name) == 0 and Path(name).is_file()
 
 
-def test_untrained_checkpoints_are_passed_over_or_said_to_be(train, monkeypatch, capsys):
-    train("--steps", 2, "--out", "output/mine", "--keep", 9)
-    train("--steps", 2, "--out", "output/later", "--keep", 9)
+def test_untrained_checkpoints_are_passed_over_or_said_to_be(trained, capsys):
+    for name in ("mine", "later"):
+        trained("--steps", 2, "--keep", 9, out=f"output/{name}")
     Path("output/later/step_0000002.pt").unlink()               # killed before it was saved
     run("--steps", 1, "--out", "a.png")
     assert "output/mine/step_0000002.pt: step 2," in capsys.readouterr().out
@@ -327,5 +382,5 @@ def test_the_command_exits_with_2_and_one_line(tmp_path):
 
 def test_every_flag_is_in_a_test():
     text = Path(__file__).read_text()
-    for action in sample.parser()._actions:
+    for action in parser("")._actions:
         assert action.dest in ("help", "checkpoint") or f'"{action.option_strings[-1]}"' in text
