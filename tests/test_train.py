@@ -2,21 +2,30 @@
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-import data
+import dit
+import sample
 import train_mnist
-from cli import UserError, cli, generator, mix_seed
 from conftest import TINY, load, tensors_equal
 from diffusion import GaussianDiffusion
 from dit import DiT
-from runs import read_metrics
-from settings import DEFAULTS, PRESETS, parser
-from train_mnist import make_optimizers, schedule, update, update_ema
+from support import components, data, run
+from support.cli import UserError, run_command
+from support.folders import read_metrics
+from support.run import Run, loss_curve
+from support.seeds import generator, mix_seed
+from support.settings import Settings
+from support.state import TrainingState
+from train_mnist import PRESETS, RECIPE, make_optimizers, schedule, update_ema
+
+SETTINGS = Settings(RECIPE, PRESETS)
 
 
 def losses(folder) -> list[float]:
@@ -52,9 +61,7 @@ def test_every_parameter_is_in_one_optimizer_and_muon_has_the_block_matrices(tra
     model = DiT(patch_size=7, hidden_size=16, depth=2, num_heads=2)
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in ("adamw", "muon"):
-        args = parser().parse_args(["--optimizer", optimizer])
-        for key, value in DEFAULTS.items():
-            setattr(args, key, getattr(args, key, value))
+        args = SETTINGS.resolve({"optimizer": optimizer}, "cpu")
         groups = [[names[id(p)] for g in o.param_groups for p in g["params"]]
                   for o in make_optimizers(model, args)]
         assert sorted(sum(groups, [])) == sorted(names.values())
@@ -63,15 +70,18 @@ def test_every_parameter_is_in_one_optimizer_and_muon_has_the_block_matrices(tra
         "attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
 
 
-def scaled_gradients(values: list[float]) -> tuple:
-    """A scaler for fp16 and one parameter with a gradient for each of two optimizers."""
+def training_state(model, optimizers, precision) -> TrainingState:
+    args = SimpleNamespace(grad_accum=1, precision=precision, compile=False)
+    return TrainingState(model, optimizers, GaussianDiffusion(), args, torch.device("cpu"))
+
+
+def scaled_gradients(values: list[float]) -> TrainingState:
+    """fp16, and one parameter with a gradient for each of two optimizers."""
     model = torch.nn.ParameterList(torch.nn.Parameter(torch.ones(2)) for _ in values)
-    optimizers = [torch.optim.AdamW([p], lr=0.1) for p in model]
-    for opt in optimizers:
-        opt.param_groups[0]["initial_lr"] = 0.1
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    scaler.scale(sum((p * value).sum() for p, value in zip(model, values, strict=True))).backward()
-    return model, optimizers, scaler
+    state = training_state(model, [torch.optim.AdamW([p], lr=0.1) for p in model], "fp16")
+    total = sum((p * value).sum() for p, value in zip(model, values, strict=True))
+    state.scaler.scale(total).backward()
+    return state
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -79,23 +89,23 @@ def scaled_gradients(values: list[float]) -> tuple:
 def test_an_overflow_in_one_optimizer_stops_the_step_of_both(bad, place):
     values = [1.0, 1.0]
     values[place] = bad
-    model, optimizers, scaler = scaled_gradients(values)
-    update(optimizers, scaler, model, 1.0, 1.0)
-    assert all(torch.equal(p, torch.ones(2)) and p.grad is None for p in model)
-    assert scaler.get_scale() == 4.0                                # tried again with half of it
-    model, optimizers, scaler = scaled_gradients([1.0, 1.0])
-    update(optimizers, scaler, model, 1.0, 1.0)
-    assert all((p < 1).all() for p in model) and scaler.get_scale() == 8.0
+    state = scaled_gradients(values)
+    scale = state.scaler.get_scale()
+    state.update(1.0, 1.0)
+    assert all(torch.equal(p, torch.ones(2)) and p.grad is None for p in state.model)
+    assert state.scaler.get_scale() == scale / 2                    # tried again with half of it
+    state = scaled_gradients([1.0, 1.0])
+    state.update(1.0, 1.0)
+    assert all((p < 1).all() for p in state.model) and state.scaler.get_scale() == scale
 
 
 @pytest.mark.parametrize("clip, left", [(0.0, 5.0), (1.0, 1.0), (10.0, 5.0)])
 def test_gradients_are_clipped_to_a_norm_and_0_is_not_at_all(clip, left):
     model = torch.nn.Linear(2, 1, bias=False)
+    state = training_state(model, [torch.optim.SGD(model.parameters(), lr=1.0)], "fp32")
     model.weight.grad = torch.tensor([[3.0, 4.0]])
     before = model.weight.detach().clone()
-    opt = torch.optim.SGD(model.parameters(), lr=1.0)
-    opt.param_groups[0]["initial_lr"] = 1.0
-    norm = update([opt], torch.amp.GradScaler("cpu", enabled=False), model, clip, 1.0)
+    norm = state.update(1.0, clip)
     step = (before - model.weight.detach()).norm().item()
     assert norm == 5 and step == pytest.approx(left, rel=1e-5)
 
@@ -121,15 +131,28 @@ def test_labels_are_dropped_to_the_null_class_with_the_given_probability(train, 
     assert dropped == share if share in (0, 1) else abs(dropped - share) < 0.12
 
 
+def drawn_t(train, monkeypatch, *flags) -> torch.Tensor:
+    calls = spy_on_loss(monkeypatch)
+    train("--steps", 8, "--batch-size", 1024, *flags)
+    t = torch.cat([t for _, t, _, _ in calls])
+    assert t.dtype == torch.int64 and 0 <= t.min() and t.max() < 1000
+    return t
+
+
 @pytest.mark.parametrize("kind, ends", [("uniform", 0.20), ("logit-normal", 0.028)])
 def test_timesteps_are_drawn_as_the_flag_says(train, monkeypatch, kind, ends):
     """The share of t below 100 or from 900 on: logit-normal, twice P(z < log(1/9)) = 0.028."""
-    calls = spy_on_loss(monkeypatch)
-    train("--steps", 8, "--batch-size", 1024, "--timesteps", kind)
-    t = torch.cat([t for _, t, _, _ in calls])
-    assert t.dtype == torch.int64 and 0 <= t.min() and t.max() < 1000
+    t = drawn_t(train, monkeypatch, "--timesteps", kind)
     assert abs(((t < 100) | (t >= 900)).float().mean() - ends) < 0.015
     assert abs(t.float().mean() - 499.5) < 15               # as often above the middle as below
+
+
+def test_log_normal_timesteps_have_the_mean_and_deviation_of_the_flags(train, monkeypatch):
+    t = drawn_t(train, monkeypatch, "--timesteps", "log-normal", "--noise-mean", -0.5,
+                "--noise-std", 0.7)
+    diffusion = GaussianDiffusion()
+    level = (diffusion.sigma[t] / diffusion.alpha[t]).log()
+    assert abs(level.mean() + 0.5) < 0.03 and abs(level.std() - 0.7) < 0.03
 
 
 def test_a_steps_randomness_depends_on_seed_and_step_alone(train, monkeypatch):
@@ -172,32 +195,77 @@ def test_the_ema_lags_behind_the_model_and_both_move(train, checkpoint):
                            end["model"]["final_layer.linear.weight"])
 
 
-def test_record_reads_nothing_from_the_device(train, monkeypatch):
+def test_the_record_reads_nothing_from_the_device(train, monkeypatch):
     """No synchronisation per step: between two log intervals no tensor becomes a number."""
-    from runs import Run
-    honest = Run.record
+    honest, count = Run.log, 0
 
-    def record(self, step, *numbers):
-        if (self.recorded + 1 - self.read) == len(self.buffer):
-            return honest(self, step, *numbers)
+    def log(self, **numbers):
+        nonlocal count
+        count += 1
+        if count % 4 == 0:
+            return honest(self, **numbers)
         with monkeypatch.context() as m:
             for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"):
                 m.setattr(torch.Tensor, name, lambda *a, n=name: pytest.fail(f"Tensor.{n}"))
-            return honest(self, step, *numbers)
+            return honest(self, **numbers)
 
-    monkeypatch.setattr(Run, "record", record)
-    train("--steps", 7, "--log-every", 4)
-    assert len(losses("output/001-glyphs-DiT-Test-7")) == 7
+    monkeypatch.setattr(Run, "log", log)
+    train("--steps", 7, "--log-every", 4, "--out", "run")
+    assert count == 7 == len(losses("run"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_a_step_waits_for_nothing(train, monkeypatch):
+    honest, count = Run.log, 0
+
+    def log(self, **numbers):               # from the end of step 3 to that of step 7
+        nonlocal count
+        count += 1
+        honest(self, **numbers)
+        torch.cuda.set_sync_debug_mode("error" if 3 <= count < 7 else "default")
+
+    monkeypatch.setattr(Run, "log", log)
+    assert train("--steps", 12, "--log-every", 10, "--device", "cuda", "--out", "run") == 0
 
 
 # ---------------------------------------------------------------- flags
 
 
+class OtherDiT(DiT):
+    """A network with an argument of its own."""
+
+    def __init__(self, share: float = 0.1, **arguments):
+        super().__init__(**arguments)
+        self.share = share
+
+    def forward(self, x, t, y):
+        return super().forward(x, t, y) + self.share * x
+
+
+class OtherDiffusion(GaussianDiffusion):
+    """A process with an argument of its own."""
+
+    def __init__(self, factor: float = 2.0, **arguments):
+        super().__init__(**arguments)
+        self.factor = factor
+
+    def loss(self, *args):
+        return self.factor * super().loss(*args)
+
+
+@pytest.fixture
+def others(monkeypatch):
+    """Another network and another process in the registry."""
+    monkeypatch.setitem(components.NETWORKS, "other", OtherDiT)
+    monkeypatch.setitem(components.PROCESSES, "other", OtherDiffusion)
+
+
 CHANGES = {     # flags that change what the steps compute, each with a value that is no default
-    "model": "DiT-Nano/7", "prediction": "x0", "label_dropout": 0.9, "batch_size": 4,
+    "model": "DiT-Nano/7", "prediction": "eps", "label_dropout": 0.9, "batch_size": 4,
     "optimizer": "adamw", "lr": 0.05, "muon_lr": 0.5, "warmup": 4, "decay": 1.0, "clip": 0.01,
-    "weight_decay": 2.0, "seed": 5, "precision": "fp32", "image_size": 14,
-    "timesteps": "uniform",
+    "weight_decay": 2.0, "seed": 5, "precision": "fp32", "image_size": 14, "flip": True,
+    "timesteps": "uniform", "noise_mean": -1.0, "noise_std": 0.1, "weighting": "min-snr",
+    "network": "other", "process": "other",
 }
 KEEPS = {       # flags that do not
     "log_every": 2, "preview_every": 2, "save_every": 1, "keep": 1, "data_dir": "elsewhere",
@@ -207,33 +275,66 @@ ELSEWHERE = {"help", "dataset", "steps", "resume", "init_from", "grad_accum", "c
 
 
 def test_every_flag_is_in_a_test():
-    flags = {action.dest for action in parser()._actions}
+    flags = {action.dest for action in SETTINGS.parser()._actions}
     assert flags == set(CHANGES) | set(KEEPS) | ELSEWHERE
-    assert set(DEFAULTS) | set(PRESETS["cpu"]) | {"help", "resume", "init_from", "out",
-                                                  "stop_after", "device"} == flags
+    assert set(SETTINGS.defaults("cpu")) | {"help", "resume", "init_from", "out", "stop_after",
+                                            "device"} == flags
     assert set(PRESETS["cpu"]) == set(PRESETS["gpu"])
 
 
-@pytest.fixture
-def base_losses(train):
-    base = ("--lr", 0.01, "--steps", 4, "--precision", "bf16", "--warmup", 1)
-    train(*base, "--out", "base")
-    return base, losses("base")
+BASE = ("--lr", 0.01, "--steps", 4, "--precision", "bf16", "--warmup", 1)
 
 
-def test_flags_that_change_a_step_do_and_the_others_do_not(train, base_losses):
-    base, wanted = base_losses
-    for i, (key, value) in enumerate({**CHANGES, **KEEPS}.items()):
-        out = () if key == "out" else ("--out", f"run-{i}")
-        assert train(*base, *out, f"--{key.replace('_', '-')}", value) == 0
-        folder = Path("run2") if key == "out" else Path(f"run-{i}")
-        state = load(sorted(folder.glob("step_*.pt"))[-1])
-        if key not in ("out", "stop_after", "device"):
-            assert state["config"]["recipe"][key] == value
-        if key in KEEPS:
-            assert losses(folder) == wanted, key
-        else:
-            assert losses(folder)[:4] != wanted, key
+@pytest.mark.parametrize("key", [*CHANGES, *KEEPS])
+def test_flags_that_change_a_step_do_and_the_others_do_not(train, trained, others, monkeypatch,
+                                                           key):
+    monkeypatch.setitem(dit.MODELS, "DiT-Nano/7",
+                        dict(patch_size=7, hidden_size=32, depth=1, num_heads=2))
+    wanted = losses(trained(*BASE, out="base").parent)
+    value = {**CHANGES, **KEEPS}[key]
+    flag = f"--{key.replace('_', '-')}"
+    folder = Path("run2")
+    assert train(*BASE, "--out", folder, flag, *(() if value is True else (value,))) == 0
+    state = load(sorted(folder.glob("step_*.pt"))[-1])
+    if key not in ("out", "stop_after", "device"):
+        assert state["config"]["recipe"][key] == value
+    if key in KEEPS:
+        assert losses(folder) == wanted
+    else:
+        assert losses(folder)[:4] != wanted
+
+
+def test_another_network_and_process_with_their_own_arguments_train_resume_and_sample(
+        train, others, monkeypatch):
+    flags = ("--network", "other", "--process", "other", "--steps", 6)
+    train(*flags, "--out", "straight")
+    train(*flags, "--out", "run", "--stop-after", 3)
+    config = load("run/step_0000003.pt")["config"]
+    assert config["model"]["share"] == 0.1 and config["diffusion"]["factor"] == 2.0
+    assert train("--resume", "--out", "run") == 0
+    assert losses("run") == losses("straight")
+    assert sample.main(["run", "--steps", "2", "--out", "x.png"]) == 0
+    with pytest.raises(UserError, match="--network dit differs from the checkpoint's other"):
+        train("--resume", "--out", "run", "--steps", 8, "--network", "dit")
+    monkeypatch.delitem(components.NETWORKS, "other")
+    with pytest.raises(UserError, match="network 'other' is unknown: dit"):
+        train("--resume", "--out", "run", "--steps", 8)
+
+
+def test_flip_mirrors_half_of_the_images_and_changes_nothing_else(train, monkeypatch):
+    calls = spy_on_loss(monkeypatch)
+    for flags in [(), ("--flip",), ("--flip", "--grad-accum", 2)]:
+        train("--steps", 4, "--batch-size", 64, "--out", f"run{len(flags)}", *flags)
+    plain, flipped = calls[:4], calls[4:8]
+    mirrored = 0
+    for (x0, *others), (x0_flipped, *others_flipped) in zip(plain, flipped, strict=True):
+        assert tensors_equal(others, others_flipped)
+        for a, b in zip(x0, x0_flipped, strict=True):
+            assert torch.equal(a, b) or torch.equal(a.flip(-1), b)
+            mirrored += not torch.equal(a, b)
+    assert 0.38 < mirrored / 256 < 0.62
+    halves = [torch.cat([calls[8 + 2 * i][0], calls[9 + 2 * i][0]]) for i in range(4)]
+    assert tensors_equal(halves, [x0 for x0, *_ in flipped])
 
 
 def test_intervals_write_what_they_say(train):
@@ -245,14 +346,19 @@ def test_intervals_write_what_they_say(train):
     assert Image.open(pictures[0]).size == (6 * 58 + 2, 10 * 58 + 2)        # a class per row
 
 
-def test_ema_decay_changes_the_ema_alone(train, base_losses):
-    base, _ = base_losses
-    train(*base, "--ema-decay", 0.0, "--out", "sharp")
-    state = load("sharp/step_0000004.pt")
+def test_ema_decay_changes_the_ema_alone(trained):
+    state = load(trained(*BASE, "--ema-decay", 0.0))
     assert tensors_equal(state["ema"], state["model"])
+    assert tensors_equal(state["model"], load(trained(*BASE, out="base"))["model"])
 
 
-def test_compile_gives_the_same_losses_to_rounding(train):
+@pytest.mark.parametrize("backend", [
+    "aot_eager",                        # the capture of the graph, without a minute of compilers
+    pytest.param("inductor", marks=pytest.mark.long),
+])
+def test_compile_gives_the_same_losses_to_rounding(train, monkeypatch, backend):
+    honest = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: honest(self, backend=backend))
     train("--steps", 2, "--precision", "fp32", "--out", "eager")
     try:
         train("--steps", 2, "--precision", "fp32", "--out", "compiled", "--compile")
@@ -265,13 +371,13 @@ def test_compile_gives_the_same_losses_to_rounding(train):
 
 def test_grad_accum_makes_the_same_update(train, monkeypatch):
     """Losses to 1e-5, the first gradient to rounding."""
-    gradients, honest = [], train_mnist.update
+    gradients, honest = [], TrainingState.update
 
-    def update(optimizers, scaler, model, *rest):
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
-        return honest(optimizers, scaler, model, *rest)
+    def update(self, *args):
+        gradients.append({n: p.grad.clone() for n, p in self.model.named_parameters()})
+        return honest(self, *args)
 
-    monkeypatch.setattr(train_mnist, "update", update)
+    monkeypatch.setattr(TrainingState, "update", update)
     for parts in (1, 2, 8):
         train("--steps", 10, "--precision", "fp32", "--optimizer", "adamw", "--grad-accum", parts,
               "--out", f"run{parts}")
@@ -306,6 +412,10 @@ def test_grad_accum_makes_the_same_update(train, monkeypatch):
     (["--init-from", "nothing.pt"], ["nothing.pt"]),
     (["--init-from", "a-file"], ["a-file"]),
     (["--resume", "a-file", "--init-from", "a-file"], ["--resume", "--init-from"]),
+    (["--flip", "twice"], ["twice"]),
+    (["--network", "unet"], ["--network", "unet", "dit"]),
+    (["--process", "flow"], ["--process", "flow", "ddpm"]),
+    (["--weighting", "none"], ["--weighting", "none", "min-snr"]),
 ])
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(train, tmp_path, flags, words):
     Path("a-file").write_text("not a folder")
@@ -314,20 +424,21 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(train, tmp_path, flags,
     assert caught.value.status == 2
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
-    assert not list(tmp_path.glob("output/*/*.pt"))
+    assert [p.name for p in tmp_path.iterdir()] == ["a-file"]
 
 
 def test_help_names_every_default(capsys):
     with pytest.raises(SystemExit):
-        parser().parse_args(["--help"])
+        SETTINGS.parser().parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "length of the run and of its schedules, in steps (default: 12000 on a GPU, 4000" in text
-    told = {action.dest: action.help for action in parser()._actions}
-    for key in DEFAULTS | PRESETS["gpu"]:
-        gpu, cpu = (PRESETS[name].get(key, DEFAULTS.get(key)) for name in ("gpu", "cpu"))
-        default = gpu if gpu == cpu else f"{gpu} on a GPU, {cpu} on a CPU"
-        default = {"image_size": "the data set's; 32", "compile": "off"}.get(key, default)
-        assert f"(default: {default}" in told[key], key
+    told = {action.dest: action.help for action in SETTINGS.parser()._actions}
+    in_words = {"image_size": "the data set's; 32", "compile": "off", "flip": "off",
+                "data_dir": "data/ beside", "weighting": "v for x0, plain for eps and v"}
+    gpu, cpu = SETTINGS.defaults("cuda"), SETTINGS.defaults("cpu")
+    for key in gpu:
+        default = gpu[key] if gpu[key] == cpu[key] else f"{gpu[key]} on a GPU, {cpu[key]} on a CPU"
+        assert f"(default: {in_words.get(key, default)}" in told[key], key
 
 
 # ---------------------------------------------------------------- what a run writes
@@ -337,7 +448,9 @@ def test_a_run_describes_itself(train, checkpoint, capsys):
     state, config = load(checkpoint), json.loads(Path("run/config.json").read_text())
     assert state["step"] == 3 and state["class_names"] == [str(d) for d in range(10)]
     assert config == state["config"]
-    assert config["data"]["dataset"] == "glyphs" and config["prediction"] == "v"
+    assert config["data"]["dataset"] == "glyphs"
+    assert (config["network"], config["process"]) == ("dit", "ddpm")
+    assert config["diffusion"]["prediction"] == config["recipe"]["prediction"]
     assert config["recipe"]["model"] == TINY and config["sampling"]["sampler"] == "ddim"
     rows = read_metrics(Path("run/metrics.jsonl"))
     assert [r["step"] for r in rows] == [1, 2, 3]
@@ -345,11 +458,23 @@ def test_a_run_describes_itself(train, checkpoint, capsys):
 
 
 def test_the_last_line_is_the_command_that_samples(train, capsys):
-    import sample
     train("--steps", 2)
     last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert last.startswith("now: python sample.py ")
+    assert last.startswith("next: python sample.py ")
     assert sample.main([*last.split()[3:], "--steps", "2", "--out", "x.png"]) == 0
+
+
+def test_a_finished_run_draws_its_loss_curve_and_says_what_that_needs(train, monkeypatch, capsys):
+    monkeypatch.setattr(run, "loss_curve", loss_curve)
+    train("--steps", 2, "--out", "run", "--stop-after", 1)
+    assert not Path("run/loss.png").exists()
+    train("--resume", "--out", "run")
+    assert "loss curve: run/loss.png\n" in capsys.readouterr().out
+    with Image.open("run/loss.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 200
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    train("--steps", 1, "--out", "other")
+    assert "no loss curve: pip install matplotlib" in capsys.readouterr().out
 
 
 def test_new_runs_get_numbers_and_never_the_same_folder(train):
@@ -366,7 +491,10 @@ def test_a_folder_that_holds_a_run_is_never_overwritten(train, checkpoint):
     assert {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()} == before
 
 
-def test_the_presets_model_takes_a_patch_that_divides_the_images(train, capsys):
+def test_the_presets_model_takes_a_patch_that_divides_the_images(train, monkeypatch):
+    for patch in (2, 4, 7):
+        monkeypatch.setitem(dit.MODELS, f"DiT-Nano/{patch}",
+                            dict(patch_size=patch, hidden_size=16, depth=1, num_heads=2))
     flags = ["--dataset", "glyphs", "--batch-size", "2", "--steps", "1"]
     for size, name in [(28, "DiT-Nano/7"), (32, "DiT-Nano/4"), (14, "DiT-Nano/7")]:
         train_mnist.main([*flags, "--image-size", str(size), "--out", f"run{size}"])
@@ -378,16 +506,36 @@ def test_the_presets_model_takes_a_patch_that_divides_the_images(train, capsys):
         train_mnist.main([*flags, "--image-size", "29"])
 
 
-def test_three_channels_and_any_number_of_classes(train, tmp_path):
-    for name, colour in [("red", (200, 0, 0)), ("green", (0, 200, 0)), ("blue", (0, 0, 200))]:
+def colours(**classes) -> None:
+    """pets/: a folder of eight pictures per class."""
+    for name, colour in classes.items():
         Path("pets", name).mkdir(parents=True)
         for i in range(8):
             Image.new("RGB", (20, 16), tuple(c + i for c in colour)).save(f"pets/{name}/{i}.png")
-    train("--dataset", "folder:pets", "--image-size", 14, "--steps", 2, "--out", "run",
-          "--preview-every", 2)
+
+
+PETS = ("--dataset", "folder:pets", "--image-size", 14, "--steps", 2, "--out", "run")
+
+
+def test_three_channels_and_any_number_of_classes(train):
+    colours(red=(200, 0, 0), green=(0, 200, 0), blue=(0, 0, 200))
+    train(*PETS, "--preview-every", 2)
     state = load("run/step_0000002.pt")
     assert state["config"]["model"]["in_channels"] == 3
     assert state["class_names"] == ["blue", "green", "red"]
+
+
+def test_one_class_trains_without_labels_and_samples(train, capsys):
+    colours(all=(200, 100, 0))
+    assert train(*PETS, "--preview-every", 2, "--flip") == 0
+    assert "1 class)" in capsys.readouterr().out
+    assert load("run/step_0000002.pt")["class_names"] == ["all"]
+    assert train("--resume", "--out", "run", "--steps", 3) == 0
+    flags = ["run", "--steps", "2", "--per-class", "3"]
+    for scale in ("0", "1", "1.75"):
+        assert sample.main([*flags, "--cfg-scale", scale, "--out", f"{scale}.png"]) == 0
+    with pytest.raises(UserError, match="label '1' is not a class of this model: all"):
+        sample.main([*flags, "--labels", "1"])
 
 
 # ---------------------------------------------------------------- MNIST that is not there
@@ -446,34 +594,35 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(train, monkeypatch):
-    honest = train_mnist.update
+    honest = TrainingState.update
 
     def update(*args):
         return honest(*args) * math.inf
 
-    monkeypatch.setattr(train_mnist, "update", update)
+    monkeypatch.setattr(TrainingState, "update", update)
     with pytest.raises(UserError, match="not finite at step 1:"):
         train("--steps", 5)
 
 
-def test_out_of_gpu_memory_names_the_batch_and_the_flag(train, monkeypatch):
+def test_out_of_gpu_memory_names_the_size_and_the_flag(train, monkeypatch):
     def loss(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nand more")
 
     monkeypatch.setattr(GaussianDiffusion, "loss", loss)
-    with pytest.raises(UserError, match="--batch-size 8: --grad-accum 2"):
+    with pytest.raises(UserError, match="with 8 images at a time: --grad-accum 2 "):
         train("--steps", 2)
+    with pytest.raises(UserError, match="with 4 images at a time: --grad-accum 4 "):
+        train("--steps", 2, "--grad-accum", 2)
 
 
 def test_the_record_is_no_longer_than_the_run(train, monkeypatch):
-    from runs import Run
-    made, honest = [], Run.__init__
+    made, honest = [], train_mnist.train
 
-    def init(self, *args, **options):
-        honest(self, *args, **options)
-        made.append(len(self.buffer))
+    def loop(batches, state, diffusion, run):
+        honest(batches, state, diffusion, run)
+        made.append(len(run.metrics.buffer))
 
-    monkeypatch.setattr(Run, "__init__", init)
+    monkeypatch.setattr(train_mnist, "train", loop)
     train("--steps", 6, "--log-every", 100_000, "--out", "run")
     train("--steps", 6, "--log-every", 4, "--out", "other")
     assert made == [6, 4] and len(losses("run")) == len(losses("other")) == 6
@@ -492,7 +641,7 @@ def test_what_a_command_says_when_it_fails(capsys, error, words, status):
         raise error
 
     with pytest.raises(SystemExit) as end:
-        cli(main)
+        run_command(main)
     err = capsys.readouterr().err
     assert end.value.code == status and err.startswith(words) and err.count("\n") == 1
 
@@ -502,7 +651,7 @@ def test_a_bug_is_not_hidden():
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        cli(main)
+        run_command(main)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
