@@ -1,4 +1,4 @@
-"""evaluate.py and ruler.py: distances against closed forms, loops and libraries; the command."""
+"""tools/evaluate.py and tools/ruler.py: the metrics against independent code; the command."""
 
 import json
 import os
@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoints
-import data
-import evaluate
-import ruler as rulers
-from cli import UserError
 from dit import DiT
+from support import checkpoints, data, paths
+from support.cli import UserError
+from tools import evaluate
+from tools import ruler as rulers
 
 MNIST = next((p for p in (Path(os.environ.get("MNIST_DIR", "data")), Path("data"))
               if (p / "MNIST" / "raw" / "t10k-images-idx3-ubyte").is_file()), None)
+H = 16                          # side of the images of these tests
 needs_mnist = pytest.mark.skipif(MNIST is None, reason="no real MNIST in $MNIST_DIR or ./data")
 
 
@@ -58,15 +58,20 @@ def test_frechet_is_zero_to_itself_also_with_too_few_images():
     assert rulers.frechet(few, many) == pytest.approx(rulers.frechet(many, few), rel=1e-6)
 
 
-def test_frechet_agrees_with_scipy_and_torchmetrics():
+def test_frechet_agrees_with_scipy():
     linalg = pytest.importorskip("scipy.linalg", reason="scipy is a development dependency")
     (m_a, A), (m_b, B) = rulers.moments(features(1, 300)), rulers.moments(features(2, 200))
     found = rulers.frechet((m_a, A), (m_b, B))
     root = linalg.sqrtm(A @ B).real
     assert found == pytest.approx(((m_a - m_b) ** 2).sum() + np.trace(A + B - 2 * root), rel=1e-8)
+
+
+@pytest.mark.long               # its import takes seconds
+def test_frechet_agrees_with_torchmetrics():
     fid = pytest.importorskip("torchmetrics.image.fid", reason="torchmetrics is not installed")
-    theirs = fid._compute_fid(*map(torch.from_numpy, (m_a, A, m_b, B)))
-    assert found == pytest.approx(float(theirs), rel=1e-8)
+    a, b = rulers.moments(features(1, 300)), rulers.moments(features(2, 200))
+    theirs = fid._compute_fid(*map(torch.from_numpy, (*a, *b)))
+    assert rulers.frechet(a, b) == pytest.approx(float(theirs), rel=1e-8)
 
 
 # ---------------------------------------------------------------- neighbours
@@ -134,17 +139,17 @@ def test_the_ruler_that_ships():
     assert rulers.SHIPPED.stat().st_size < 1_000_000
     ruler, about = rulers.load(rulers.SHIPPED, torch.device("cpu"))
     assert about["test_accuracy"] >= 0.994 and about["dataset"] == "mnist" and not ruler.training
-    features, guesses = rulers.look(ruler, torch.zeros(3, 1, 28, 28, dtype=torch.uint8))
-    assert features.shape == (3, 64) and features.dtype == np.float32 and guesses.shape == (3,)
+    features, predicted = rulers.extract(ruler, torch.zeros(3, 1, 28, 28, dtype=torch.uint8))
+    assert features.shape == (3, 64) and features.dtype == np.float32 and predicted.shape == (3,)
 
 
 @needs_mnist
 def test_the_ruler_that_ships_reads_mnist():
     train, test = (data.load("mnist", MNIST, split=split) for split in ("train", "test"))
-    ruler, about, path = rulers.find(train, test, MNIST, torch.device("cpu"), warn=print)
+    ruler, _, path = rulers.find(train, test, torch.device("cpu"))
     assert path == rulers.SHIPPED
-    _, guesses = rulers.look(ruler, test.images[:2000])
-    assert (guesses == test.labels[:2000].numpy()).mean() >= 0.99
+    _, predicted = rulers.extract(ruler, test.images[:2000])
+    assert (predicted == test.labels[:2000].numpy()).mean() >= 0.99
 
 
 def test_augment_moves_and_leaves_the_border_black():
@@ -169,20 +174,21 @@ def world(tmp_path_factory):
         folder = root / "glyphs" / str(label)
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image[0].numpy()).save(folder / f"{i:03d}.png")
-    before = rulers.EPOCHS, rulers.LEAST_STEPS, rulers.BATCH_SIZE
-    rulers.EPOCHS, rulers.LEAST_STEPS, rulers.BATCH_SIZE = 1, 60, 32
-    assert evaluate.main(["--train-ruler", *of(root)]) == 0
-    yield root
-    rulers.EPOCHS, rulers.LEAST_STEPS, rulers.BATCH_SIZE = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "OUTPUT", root / "output")
+        for name, value in dict(EPOCHS=1, MIN_STEPS=60, BATCH_SIZE=32).items():
+            patch.setattr(rulers, name, value)
+        assert evaluate.main(["--train-ruler", *of(root)]) == 0
+        yield root
 
 
-def of(root: Path, size: int = 28) -> list[str]:
+def of(root: Path) -> list[str]:
     return ["--dataset", f"folder:{root / 'glyphs'}", "--data-dir", str(root / "data"),
-            "--image-size", str(size), "--device", "cpu"]
+            "--image-size", str(H), "--device", "cpu"]
 
 
 def some(split: str, root: Path) -> data.ImageSet:
-    return data.load(f"folder:{root / 'glyphs'}", image_size=28, split=split)
+    return data.load(f"folder:{root / 'glyphs'}", image_size=H, split=split)
 
 
 def npz(path: Path, images: torch.Tensor, labels=None) -> str:
@@ -227,52 +233,52 @@ def test_the_same_call_finds_the_same(world, tmp_path):
     assert first["rows"]["test"]["images"] == 40 and first["rows"]["train"]["images"] == 60
 
 
-def test_the_classes_come_evenly():
+def test_the_class_balanced_order():
     labels = np.array([0] * 50 + [1] * 10 + [2] * 40)
-    x = evaluate.Seen(torch.zeros(100, 1, 1, 1), labels, np.zeros((100, 2)), labels)
-    order = evaluate.evenly(x, 0, "a")
-    assert sorted(order) == list(range(100)) and (order != evaluate.evenly(x, 1, "a")).any()
+    order = evaluate.class_balanced_order(100, labels, 0, "a")
+    assert sorted(order) == list(range(100))
+    assert (order != evaluate.class_balanced_order(100, labels, 1, "a")).any()
     for n, counts in [(6, [2, 2, 2]), (30, [10, 10, 10]), (50, [20, 10, 20]), (100, [50, 10, 40])]:
         assert np.bincount(labels[order[:n]]).tolist() == counts
-    x.labels = None
-    assert sorted(evaluate.evenly(x, 0, "a")) == list(range(100))
+    assert sorted(evaluate.class_balanced_order(100, None, 0, "a")) == list(range(100))
 
 
-def test_the_mix_of_classes_costs_nothing():
-    """Weighted moments are those of a set in which the rarer class is there twice."""
+def test_unequal_class_counts_cost_no_distance():
+    """Balanced moments are those of a set in which the rarer class is there twice."""
     rare, common = features(1, 30), features(2, 60) + 1
-    def seen(*parts):
+    def of_classes(*parts):
         labels = np.repeat([0, 1], [len(p) for p in parts])
         images = torch.zeros(len(labels), 1, 1, 1)
-        return evaluate.Seen(images, labels, np.concatenate(parts), labels)
-    uneven, even = seen(rare, common), seen(np.concatenate([rare, rare]), common)
-    assert evaluate.distance(uneven, even, even=True) < 0.02 < 0.1 < \
-        evaluate.distance(uneven, even, even=False)
-    mean, covariance = uneven.even_moments
-    assert np.allclose(mean, even.moments[0])
-    assert even.even_moments[1] == pytest.approx(even.moments[1], rel=1e-9)
-    assert np.allclose(covariance, even.moments[1], rtol=0.02, atol=0.02 * covariance.max())
+        return evaluate.Features(images, labels, np.concatenate(parts), labels)
+    unequal, equal = of_classes(rare, common), of_classes(np.concatenate([rare, rare]), common)
+    assert evaluate.frechet(unequal, equal, True) < 0.02 < 0.1 < \
+        evaluate.frechet(unequal, equal, False)
+    mean, covariance = unequal.moments(balanced=True)
+    plain = equal.moments(balanced=False)
+    assert np.allclose(mean, plain[0])
+    assert equal.moments(balanced=True)[1] == pytest.approx(plain[1], rel=1e-9)
+    assert np.allclose(covariance, plain[1], rtol=0.02, atol=0.02 * covariance.max())
 
 
 def test_one_row(monkeypatch):
-    """Its numbers are those of its own images, and the training set's part is not in the rest."""
-    def seen(seed: int, count: int):
+    """Its numbers are those of its own images; the training set's two parts do not overlap."""
+    def of_seed(seed: int, count: int):
         labels = np.arange(count) % 2
-        guesses = labels * (np.arange(count) % 4 == 1)          # half of the ones taken for zeros
+        predicted = labels * (np.arange(count) % 4 == 1)        # half of the ones taken for zeros
         images = torch.arange(count).view(-1, 1, 1, 1)
-        return evaluate.Seen(images, labels, features(seed, count), guesses)
-    x, train, test = seen(1, 40), seen(2, 100), seen(3, 30)
-    rows = evaluate.contenders(x, {"train": train, "test": test}, seed=0)
+        return evaluate.Features(images, labels, features(seed, count), predicted)
+    x, train, test = of_seed(1, 40), of_seed(2, 100), of_seed(3, 30)
+    rows = evaluate.comparisons(x, train, test, seed=0)
     assert [len(rows[name][0]) for name in evaluate.ROWS] == [40, 30, 40]
     part, rest = (set(x.images.flatten().tolist()) for x in rows["train"])
     assert part | rest == set(range(100)) and not part & rest
-    found = evaluate.measure(x, train, ["a", "b"], seed=0, even=True)
+    found = evaluate.measure(x, train, ["a", "b"], seed=0, balanced=True)
     assert found["accuracy_per_class"] == {"a": 1.0, "b": 0.5} and found["accuracy"] == 0.75
     assert found["guessed_per_class"] == {"a": 0.75, "b": 0.25}
     reference = train.features[evaluate.shuffled(100, 0, "reference")[:40]]
     assert found["recall"] == rulers.neighbour_metrics(x.features, reference)["recall"]
-    monkeypatch.setattr(evaluate, "MOST_NEIGHBOURS", 20)
-    fewer = evaluate.measure(x, train, ["a", "b"], seed=0, even=True)
+    monkeypatch.setattr(evaluate, "MAX_NEIGHBOURS", 20)
+    fewer = evaluate.measure(x, train, ["a", "b"], seed=0, balanced=True)
     assert fewer["density"] == rulers.neighbour_metrics(x.features[:20], reference[:20])["density"]
 
 
@@ -309,30 +315,36 @@ def test_folders_of_pictures(world, tmp_path):
     assert unlabelled["frechet"] == pytest.approx(known["frechet"])
 
 
-def test_cached_statistics(world, tmp_path, monkeypatch):
+def test_the_features_are_cached_under_output(world, tmp_path, monkeypatch, capsys):
     glyphs = some("test", world)
     samples = npz(tmp_path / "x.npz", glyphs.images, glyphs.labels)
+    for cached in (world / "output" / "cache").glob("features-*.npz"):
+        cached.unlink()
     first = run(tmp_path, samples, *of(world))
-    (cache,) = (world / "data").glob("ruler-stats-*.npz")
-    whole, looked, look = cache.read_bytes(), [], rulers.look
-    monkeypatch.setattr(rulers, "look", lambda ruler, images, desc:
-                        looked.append(desc) or look(ruler, images, desc))
-    assert run(tmp_path, samples, *of(world)) == first and looked == ["samples"]
-    middle = len(whole) // 2
-    for damaged in (whole[:middle], b"", whole[:middle] + bytes([whole[middle] ^ 255]) +
-                    whole[middle + 1:]):
-        cache.write_bytes(damaged)
-        assert run(tmp_path, samples, *of(world)) == first and len(looked) == 4
-        looked[:] = ["samples"]
-        assert cache.read_bytes() == whole
-    with np.load(cache) as file:
+    files = sorted((world / "output" / "cache").glob("features-*.npz"))
+    said = capsys.readouterr().out
+    assert len(files) == 2 and all(f"{f} (0 MB, a cache" in said for f in files)
+    assert not (world / "data").exists()                        # nothing beside the user's data
+    whole, extracted, extract = [f.read_bytes() for f in files], [], rulers.extract
+    monkeypatch.setattr(rulers, "extract", lambda ruler, images, desc:
+                        extracted.append(desc) or extract(ruler, images, desc))
+    assert run(tmp_path, samples, *of(world)) == first and extracted == ["features"]
+    assert "a cache" not in capsys.readouterr().out
+    middle = len(whole[0]) // 2
+    for damaged in (whole[0][:middle], b"", whole[0][:middle] + bytes([whole[0][middle] ^ 255]) +
+                    whole[0][middle + 1:]):
+        files[0].write_bytes(damaged)
+        del extracted[:]
+        assert run(tmp_path, samples, *of(world)) == first and len(extracted) == 2
+        assert files[0].read_bytes() == whole[0]
+    with np.load(files[0]) as file:
         arrays = dict(file)
-    for wrong in (arrays["features_train"] * np.nan, arrays["features_train"][1:]):
-        np.savez(cache, **(arrays | {"features_train": wrong}))
+    for wrong in (arrays["features"] * np.nan, arrays["features"][1:]):
+        np.savez(files[0], **(arrays | {"features": wrong}))
         assert run(tmp_path, samples, *of(world)) == first
-    cache.unlink()
-    monkeypatch.setattr(evaluate, "atomic_write", fail)
-    assert evaluate.main([samples, *of(world)]) == 0 and not cache.exists()
+    files[0].unlink()
+    monkeypatch.setattr(evaluate, "atomic_write", fail)         # a full disk
+    assert evaluate.main([samples, *of(world)]) == 0 and not files[0].exists()
 
 
 def fail(*_):
@@ -346,11 +358,11 @@ def fail(*_):
 def checkpoint(world):
     """A run's folder with an untrained DiT of the glyphs' kind."""
     torch.manual_seed(0)
-    model = dict(input_size=28, patch_size=7, in_channels=1, hidden_size=32, depth=1, num_heads=2,
+    model = dict(input_size=H, patch_size=8, in_channels=1, hidden_size=32, depth=1, num_heads=2,
                  num_classes=10)
     train = some("train", world)
-    config = dict(model=model, diffusion=dict(num_timesteps=1000, beta_start=1e-4, beta_end=0.02),
-                  prediction="x0", data=dict(dataset=train.name, digest=train.digest()),
+    config = dict(model=model, diffusion=dict(prediction="x0"),
+                  data=dict(dataset=train.name, digest=train.digest()),
                   recipe=dict(dataset=f"folder:{world / 'glyphs'}", data_dir=str(world / "data")),
                   sampling=dict(sampler="ddim", steps=3, eta=0.0, cfg_scale=2.0))
     folder = world / "output" / "001-x"
@@ -381,22 +393,23 @@ def test_a_checkpoint_is_sampled_and_measured(checkpoint, world, tmp_path, capfd
 def test_samples_are_balanced_and_flags_reach_the_sampler(checkpoint, world, monkeypatch):
     calls = []
 
-    def sample(model, diffusion, y, seed, **how):
-        calls.append((y, seed, how))
-        yield torch.zeros(len(y), 1, 28, 28, dtype=torch.uint8)
+    def sample(checkpoint, y, seed, how, batch_size, bar):
+        calls.append((y, seed, how, batch_size))
+        yield torch.zeros(len(y), 1, H, H)
 
     monkeypatch.setattr(evaluate, "sample", sample)
     assert evaluate.main([str(checkpoint), "--images", "40", "--cfg-scale", "1.5", "--steps", "9",
                           "--eta", "0.5", "--batch-size", "11", "--seed", "5"]) == 0
     assert evaluate.main([str(checkpoint), "--images", "40", "--sampler", "ddpm"]) == 0
-    y, seed, how = calls[0]
-    assert torch.bincount(y).tolist() == [4] * 10 and seed == 5
-    assert {k: v for k, v in how.items() if k != "bar"} == dict(
-        sampler="ddim", steps=9, eta=0.5, cfg_scale=1.5, batch_size=11)
+    y, seed, how, batch_size = calls[0]
+    assert torch.bincount(y).tolist() == [4] * 10 and seed == 5 and batch_size == 11
+    assert [how[k] for k in ("sampler", "steps", "eta", "cfg_scale")] == ["ddim", 9, 0.5, 1.5]
     assert calls[1][2]["sampler"] == "ddpm" and calls[1][2]["steps"] == 1000
 
 
-def test_another_data_set_is_told(checkpoint, world, tmp_path, capfd):
+def test_another_data_set_is_reported(checkpoint, world, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(rulers, "MIN_STEPS", 2)
+    monkeypatch.setattr(paths, "OUTPUT", tmp_path / "output")
     other = tmp_path / "glyphs"
     for i in range(300):
         (other / str(i % 10)).mkdir(parents=True, exist_ok=True)
@@ -405,7 +418,9 @@ def test_another_data_set_is_told(checkpoint, world, tmp_path, capfd):
     argv = [str(checkpoint), "--images", "20", "--dataset", f"folder:{other}", "--data-dir",
             str(tmp_path / "data")]
     assert evaluate.main(argv) == 0
-    assert "trained on other images" in capfd.readouterr().err
+    out, err = capfd.readouterr()
+    assert "trained on other images" in err and "(the ruler of folder:glyphs)" in out
+    assert list((tmp_path / "output" / "cache").glob("ruler-folder-glyphs-*.pt"))
     (other / "0").rename(other / ".hidden")
     with pytest.raises(UserError, match="10 classes, and .* has 1 and 9"):
         evaluate.main(argv)
@@ -420,15 +435,15 @@ def write(path: Path, **arrays) -> str:
 
 
 @pytest.mark.parametrize("arrays, message", [
-    (dict(images=np.zeros((12, 28, 28, 1), np.uint8)), "lacks arr_0, the images: it has images"),
-    (dict(arr_0=np.zeros((12, 28, 28, 1), np.float32)), "arr_0 is float32 .* must be uint8"),
-    (dict(arr_0=np.zeros((12, 28, 28), np.uint8)), r"arr_0 is uint8 \(12, 28, 28\), and must be"),
-    (dict(arr_0=np.zeros((12, 32, 32, 1), np.uint8)), "32x32 pixels, and .* has 28x28"),
-    (dict(arr_0=np.arange(12 * 784 * 3).reshape(12, 28, 28, 3).astype(np.uint8)), "3 channels"),
-    (dict(arr_0=np.zeros((9, 28, 28, 1), np.uint8)), "holds 9 images, and 10 are needed"),
-    (dict(arr_0=np.zeros((12, 28, 28, 1), np.uint8), arr_1=np.zeros(12)), "arr_1 is float64"),
-    (dict(arr_0=np.zeros((12, 28, 28, 1), np.uint8), arr_1=np.zeros(5, int)), "label per image"),
-    (dict(arr_0=np.zeros((12, 28, 28, 1), np.uint8), arr_1=np.arange(12)), "from 0 to 11"),
+    (dict(images=np.zeros((12, H, H, 1), np.uint8)), "lacks arr_0, the images: it has images"),
+    (dict(arr_0=np.zeros((12, H, H, 1), np.float32)), "arr_0 is float32 .* must be uint8"),
+    (dict(arr_0=np.zeros((12, H, H), np.uint8)), r"arr_0 is uint8 \(12, 16, 16\), and must be"),
+    (dict(arr_0=np.zeros((12, 32, 32, 1), np.uint8)), "32x32 pixels, and .* has 16x16"),
+    (dict(arr_0=np.arange(12 * H * H * 3).reshape(12, H, H, 3).astype(np.uint8)), "3 channels"),
+    (dict(arr_0=np.zeros((9, H, H, 1), np.uint8)), "holds 9 images, and 10 are needed"),
+    (dict(arr_0=np.zeros((12, H, H, 1), np.uint8), arr_1=np.zeros(12)), "arr_1 is float64"),
+    (dict(arr_0=np.zeros((12, H, H, 1), np.uint8), arr_1=np.zeros(5, int)), "label per image"),
+    (dict(arr_0=np.zeros((12, H, H, 1), np.uint8), arr_1=np.arange(12)), "from 0 to 11"),
     (dict(arr_0=np.array([{}] * 12)), "no .npz file, or damaged"),
 ])
 def test_wrong_npz(world, tmp_path, arrays, message):
@@ -442,7 +457,7 @@ def test_wrong_files(world, tmp_path):
             evaluate.main([str(a) for a in argv])
         assert "\n" not in str(caught.value)
 
-    good = write(tmp_path / "good.npz", arr_0=np.zeros((12, 28, 28, 1), np.uint8))
+    good = write(tmp_path / "good.npz", arr_0=np.zeros((12, H, H, 1), np.uint8))
     (tmp_path / "bad.npz").write_bytes(Path(good).read_bytes()[:-40])
     says("no .npz file, or damaged", tmp_path / "bad.npz", *of(world))
     says("does not exist", tmp_path / "none.npz", "--data-dir", tmp_path)   # before any data
@@ -467,7 +482,7 @@ def test_wrong_files(world, tmp_path):
 def test_wrong_flags_for_a_checkpoint(checkpoint):
     for argv, message in [(["--image-size", "28"], "is for an .npz or a folder"),
                           (["--sampler", "ddpm", "--steps", "5"], "ddpm takes all 1000 steps"),
-                          (["--sampler", "ddpm", "--eta", "1"], "--eta belongs to"),
+                          (["--sampler", "ddpm", "--eta", "1"], "--eta does not apply to"),
                           (["--steps", "1001"], "the process has 1000"),
                           (["--images", "3"], "at least 10"),
                           (["--weights", "model"], "no 'model' weights")]:
@@ -476,7 +491,7 @@ def test_wrong_flags_for_a_checkpoint(checkpoint):
 
 
 def test_train_ruler_never_overwrites_and_refuses_a_poor_one(world, monkeypatch):
-    (kept,) = (world / "data").glob("ruler-folder-glyphs-*.pt")
+    (kept,) = (world / "output" / "cache").glob("ruler-folder-glyphs-*.pt")
     before = kept.read_bytes()
     with pytest.raises(UserError, match="exists: --force overwrites it"):
         evaluate.main(["--train-ruler", *of(world)])
@@ -486,20 +501,23 @@ def test_train_ruler_never_overwrites_and_refuses_a_poor_one(world, monkeypatch)
                         ("--batch-size", "5")]:
         with pytest.raises(UserError, match=f"{flag} is for the images to measure"):
             evaluate.main(["--train-ruler", flag, value, *of(world)])
-    monkeypatch.setattr(rulers, "LEAST_STEPS", 2)
-    monkeypatch.setitem(rulers.LEAST_ACCURACY, some("train", world).name, 1.0)
-    with pytest.raises(UserError, match="100.0% are needed: nothing is written"):
+    monkeypatch.setattr(rulers, "MIN_STEPS", 2)
+    monkeypatch.setattr(rulers, "EPOCHS", 0)
+    monkeypatch.setitem(rulers.MIN_ACCURACY, some("train", world).name, 1.0)
+    with pytest.raises(UserError, match="below the required 100.0%: nothing is written"):
         evaluate.main(["--train-ruler", "--force", *of(world)])
     assert kept.read_bytes() == before
 
 
-def test_the_ruler_is_kept_rounded_and_a_damaged_one_is_refused(world, tmp_path):
+def test_the_ruler_is_stored_rounded_and_a_damaged_one_is_refused(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(rulers, "MIN_STEPS", 5)
+    monkeypatch.setattr(rulers, "EPOCHS", 0)
     sets = {split: some(split, world) for split in ("train", "test")}
     cpu = torch.device("cpu")
     ruler, about = rulers.train(sets["train"], sets["test"], 3, cpu)
     rulers.save(tmp_path / "ruler.pt", ruler, about)
-    again, told = rulers.load(tmp_path / "ruler.pt", cpu)
-    assert again.digest() == ruler.digest() and told == about   # what was tested is what is kept
+    again, known = rulers.load(tmp_path / "ruler.pt", cpu)
+    assert again.digest() == ruler.digest() and known == about  # what was tested is what is stored
     same, _ = rulers.train(sets["train"], sets["test"], 3, cpu)
     assert same.digest() == ruler.digest()                          # deterministic
     torch.save({"format": rulers.FORMAT, "about": about, "weights": {}}, tmp_path / "bad.pt")

@@ -1,4 +1,4 @@
-"""figures.py: what is drawn is what the lesson's own functions give; what is refused."""
+"""tools/figures.py: what is drawn is what the lesson's own functions give; what is refused."""
 
 import json
 import re
@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-import evaluate
-import figures
-from cli import UserError
 from conftest import load
-from data import to_uint8
-from diffusion import GaussianDiffusion
+from diffusion import GaussianDiffusion, classifier_free_guidance
+from support import checkpoints
+from support.cli import UserError
+from support.data import to_uint8
+from support.seeds import ImageNoise
+from tools import evaluate, figures
 
 GLYPHS = ("--dataset", "glyphs")
 
@@ -25,13 +26,13 @@ def run(*flags) -> int:
 
 
 @pytest.fixture
-def pair(train):
+def pair(trained):
     """Run folders of an eps and of a v model; each holds a fresh one (step 0) and a trained one."""
-    assert train("--steps", 3, "--prediction", "v", "--out", "v") == 0
+    trained("--steps", 3, "--prediction", "v", out="v")
     for step in (0, 3):                         # the same weights, read as eps: half the time
         state = load(f"v/step_000000{step}.pt")
-        state["config"] |= dict(prediction="eps")
-        figures.checkpoints.save(Path(f"eps/step_000000{step}.pt"), state)
+        state["config"]["diffusion"]["prediction"] = "eps"
+        checkpoints.save(Path(f"eps/step_000000{step}.pt"), state)
     return "eps", "v"
 
 
@@ -45,10 +46,10 @@ def sheets(monkeypatch):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The matplotlib figures that were written."""
+    """The matplotlib figures that were made."""
     pytest.importorskip("matplotlib")
-    kept, save = [], figures.save_figure
-    monkeypatch.setattr(figures, "save_figure", lambda p, f: kept.append(f) or save(p, f))
+    kept, new = [], figures.new_figure
+    monkeypatch.setattr(figures, "new_figure", lambda **o: kept.append(new(**o)) or kept[-1])
     return kept
 
 
@@ -72,7 +73,7 @@ def test_forward_draws_xt_of_each_t(train, sheets, capsys):
     assert run("forward", *GLYPHS, "--times", 0, 500, 999, "--images", 3, "--seed", 1,
                "--out", "a.png", "--device", "cpu") == 0
     assert Image.open("a.png").width > 4 * 84 and "written: a.png" in capsys.readouterr().out
-    rows, _names, heads, feet, _group = sheets[0]
+    rows, _names, heads, feet = sheets[0]
     assert heads == ["x0", "t = 0", "t = 500", "t = 999"]
     assert feet[1:] == ["alpha_bar\n0.99990", "alpha_bar\n0.078", "alpha_bar\n0.00004"]
     x0, a = torch.stack([row[0] for row in rows]), GaussianDiffusion().alpha_bar
@@ -86,9 +87,9 @@ def test_forward_draws_xt_of_each_t(train, sheets, capsys):
     assert not torch.equal(sheets[1][0][0][0], x0[0])
 
 
-def test_images_are_of_all_classes_in_turn(train):
-    a = figures.parser().parse_args(["forward", *GLYPHS, "--images", "20"])
-    _x0, y = figures.images_of(a, None, torch.device("cpu"))
+def test_images_are_class_balanced(train):
+    args = figures.parser().parse_args(["forward", *GLYPHS, "--images", "20"])
+    _x0, y = figures.load_images(args, None, torch.device("cpu"))
     assert sorted(y[:10].tolist()) == sorted(y[10:].tolist()) == list(range(10))
 
 
@@ -96,13 +97,13 @@ def test_x0hat_is_each_models_estimate_not_clipped(pair, sheets, capsys):
     assert run("x0hat", *pair, "--times", 999, 300, "--images", 2, "--out", "x.png") == 0
     rows, names, heads, feet, group = sheets[0]
     assert names == ["xt", "x0_hat (eps)", "x0_hat (v)"] * 2 and group == 3
-    assert heads == ["t = 999", "t = 300", "x0"] and feet[0] == "sqrt of\nalpha_bar\n0.006"
+    assert heads == ["t = 999", "t = 300", "x0"] and feet[0] == "alpha\n0.006"
     out = capsys.readouterr().out
     a = GaussianDiffusion().alpha_bar.float()
-    x0, (_, y) = torch.stack([rows[0][2], rows[3][2]]), figures.images_of(
+    x0, (_, y) = torch.stack([rows[0][2], rows[3][2]]), figures.load_images(
         figures.parser().parse_args(["x0hat", "eps", *GLYPHS]), None, torch.device("cpu"))
     for i, prediction in enumerate(("eps", "v")):
-        model, _ = figures.checkpoints.build(load(f"{prediction}/step_0000003.pt"))
+        model, _ = checkpoints.build(load(f"{prediction}/step_0000003.pt"))
         for column, t in enumerate((999, 300)):
             xt = torch.stack([rows[0][column], rows[3][column]])
             with torch.no_grad():
@@ -117,9 +118,73 @@ def test_x0hat_is_each_models_estimate_not_clipped(pair, sheets, capsys):
     assert rows[1][0].abs().max() > 20 and rows[2][0].abs().max() < 5         # no clipping
 
 
-def test_models_of_one_prediction_are_told_apart(pair):
-    named = figures.models_of(["v", "eps", "v/step_0000000.pt"], torch.device("cpu"))
-    assert [m.name for m in named] == ["v, v/step_0000003", "eps", "v, v/step_0000000"]
+def test_models_of_one_prediction_get_other_names(pair):
+    _, models = figures.load_models(["v", "eps", "v/step_0000000.pt"], torch.device("cpu"))
+    assert [name for name, _ in models] == ["v, v/step_0000003", "eps", "v, v/step_0000000"]
+
+
+# ---------------------------------------------------------------- guidance, attention
+
+
+def test_guidance_draws_the_same_noise_at_every_scale(pair, sheets, tmp_path):
+    state = load("v/step_0000003.pt")           # untrained weights would ignore the class
+    for weights in (state["ema"], state["model"]):
+        for w in weights.values():
+            w += 0.1 * torch.randn(w.shape, generator=torch.Generator().manual_seed(0))
+    checkpoints.save(Path("v/step_0000004.pt"), state)
+    assert run("guidance", "v", "--cfg-scale", 0, 1, 3, "--steps", 4, "--seed", 5,
+               "--out", "g.png") == 0
+    rows, names, heads, _feet, _group = sheets[0]
+    assert names == ["scale 0: unconditional", "scale 1: conditional", "scale 3: guided"]
+    assert heads == list("0123456789") and not torch.equal(rows[0], rows[1])
+    model, diffusion = checkpoints.build(load("v/step_0000004.pt"))
+    predict = classifier_free_guidance(model, torch.arange(10), 3)
+    xT = ImageNoise(5, 0, 10, (1, 28, 28))("T")
+    *_, (_, want, _) = diffusion.ddim_sample(predict, xT, steps=4)
+    assert torch.allclose(rows[2], want.clamp(-1, 1), atol=1e-5)
+
+
+def test_attention_weights_are_those_of_the_network(pair):
+    """Weights times values is what the block's projection gets."""
+    state = load("v/step_0000003.pt")
+    model, _ = checkpoints.build(state)
+    seen = {}
+    for i, block in enumerate(model.blocks):
+        block.attn.num_heads = 1                # so that the mean of the heads is the one head
+        with torch.no_grad():
+            block.attn.qkv.weight.mul_(20)      # sharp, unlike the uniform ones of a fresh model
+        block.attn.qkv.register_forward_hook(lambda m, args, out, i=i: seen.update({(i, "v"): out}))
+        block.attn.proj.register_forward_pre_hook(lambda m, args, i=i: seen.update({i: args[0]}))
+    found = figures.attention_weights(model, torch.randn(3, 1, 28, 28), 100, torch.arange(3))
+    assert len(found) == 2
+    for i, weights in enumerate(found):
+        assert weights.shape == (3, 16, 16) and torch.allclose(weights.sum(-1), torch.ones(3, 16))
+        assert weights.max() > 0.2 and (weights >= 0).all()
+        v = seen[i, "v"].chunk(3, dim=-1)[2]
+        assert torch.allclose(weights @ v, seen[i], atol=1e-5)
+    assert all(len(b.attn.qkv._forward_hooks) == 1 for b in model.blocks)       # its own are gone
+
+
+def test_attention_draws_a_row_per_image_and_t(pair, sheets):
+    assert run("attention", "v", "--images", 2, "--times", 900, 0, "--out", "a.png") == 0
+    rows, names, heads, _feet, group = sheets[0]
+    assert names == ["t = 900", "t = 0"] * 2 and group == 2
+    assert heads == ["xt", "block 0, %", "block 1, %"] and {len(row) for row in rows} == {3}
+
+
+def test_an_overlay_outlines_the_query_and_colours_what_it_attends_to():
+    image, weights = torch.zeros(1, 8, 8), torch.zeros(4)
+    plain = np.asarray(figures.overlay(image, 2, weights, cell=80)).astype(int)
+    weights[1] = 1.0
+    found = np.asarray(figures.overlay(image, 2, weights, cell=80)).astype(int)
+    for pixels in (plain, found):               # the query: bottom left
+        assert (pixels[[40, 79], 5] == (0, 220, 255)).all()
+        assert (pixels[41:79, 40:] != (0, 220, 255)).any(axis=-1).all()
+    orange = (found[..., 0] > found[..., 2] + 100).nonzero()
+    assert orange[0].max() < 40 <= orange[1].min() and len(orange[0]) > 800     # top right
+    assert (plain[:40, :, 0] == plain[:40, :, 2]).all()
+    labels = (found[:40, 40:] == 255).all(axis=-1)
+    assert labels[12:28, 8:32].any() and not labels[:10].any()                  # "100"
 
 
 # ---------------------------------------------------------------- loss
@@ -138,35 +203,6 @@ def test_loss_of_models_that_output_zero_is_the_closed_form(pair, drawn):
         assert np.allclose(whole.get_ydata(), parts.get_ydata(), rtol=1e-4)
     texts = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
     assert [t.split(":")[0] for t in texts] == ["eps", "v"]
-
-
-# ---------------------------------------------------------------- the block
-
-
-def test_the_blocks_texts_do_not_overlap_and_all_six_vectors_are_named(drawn, tmp_path):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    assert run("block", "--out", tmp_path / "b.png") == 0
-    figure = drawn[0]
-    canvas = FigureCanvasAgg(figure)                # sizes of text are those of its own dots
-    canvas.draw()
-    texts = [t for t in figure.axes[0].texts if t.get_text()]
-    boxes = [t.get_window_extent(canvas.get_renderer()) for t in texts]
-    frames = [patch.get_window_extent() for patch in figure.axes[0].patches]
-    assert len(frames) == 12
-    for i, box in enumerate(boxes):
-        assert figure.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
-        assert not any(box.overlaps(other) for other in boxes[:i]), texts[i].get_text()
-        for frame in frames:                        # in a box or out of it, never across its edge
-            inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
-            assert inside or not box.overlaps(frame), texts[i].get_text()
-    words = " ".join(t.get_text() for t in texts)
-    for name in ("shift", "scale", "gate"):
-        assert f"{name}_attn" in words and f"{name}_mlp" in words
-    order = sorted(((t.get_position()[1], t.get_text()) for t in texts if t.get_position()[0] == 0),
-                   reverse=True)
-    branch = ["LayerNorm", "× (1 + scale) + shift", "", "× gate", "+"]
-    want = [w or part for part in ("Attention", "MLP") for w in branch]
-    assert [text for _, text in order][1:-1] == want
 
 
 # ---------------------------------------------------------------- sweeps
@@ -229,33 +265,33 @@ def test_a_sweep_tells_apart_what_is_not_the_same_measurement(tmp_path, drawn):
         "seed 0, data cd": [(1, 5), (2, 8)]}
 
 
-def test_a_name_that_is_taken_meanwhile_is_not_overwritten(train, monkeypatch):
-    honest = figures.forward
+def test_a_name_taken_in_the_meantime_is_not_overwritten(train, monkeypatch):
+    load_images = figures.load_images
 
-    def forward(*a):
+    def slow(*args):
         Path("output").mkdir(exist_ok=True)
         Path("output/forward-001.png").write_text("another's")
-        return honest(*a)
+        return load_images(*args)
 
-    monkeypatch.setattr(figures, "forward", forward)
+    monkeypatch.setattr(figures, "load_images", slow)
     assert run("forward", *GLYPHS, "--times", 5) == 0
     assert Path("output/forward-001.png").read_text() == "another's"
     assert Image.open("output/forward-002.png").format == "PNG"
 
 
 def test_a_sweep_is_read_from_what_evaluate_writes(tmp_path, drawn):
-    def seen(seed: int, count: int) -> evaluate.Seen:
+    def random(seed: int, count: int) -> evaluate.Features:
         rng = np.random.default_rng(seed)
         labels = np.arange(count) % 10
-        return evaluate.Seen(torch.zeros(count, 1, 28, 28, dtype=torch.uint8), labels,
-                             rng.normal(size=(count, 64)).astype(np.float32), labels)
+        return evaluate.Features(torch.zeros(count, 1, 28, 28, dtype=torch.uint8), labels,
+                                 rng.normal(size=(count, 64)).astype(np.float32), labels)
     names = [str(i) for i in range(10)]
     for scale in (1.0, 3.0):
-        found = evaluate.report([seen(1, 40)], {"train": seen(2, 100), "test": seen(3, 40)}, names,
-                                0, torch.device("cpu"))
+        found = evaluate.report([random(1, 40)], random(2, 100), random(3, 40), names, 0,
+                                torch.device("cpu"))
         about = dict(images_from="run", weights="ema", sampler="ddim", steps=5, eta=0.0,
                      cfg_scale=scale, seeds=[0], data_digest="ab")
-        evaluate.keep(about | found, None, tmp_path, print)
+        evaluate.write_report(about | found, None, tmp_path)
     assert run("sweep", tmp_path / "evaluations.jsonl", "--out", tmp_path / "s.png") == 0
     assert list(series(drawn[0].axes[0]).values()) == [[(1, 1), (3, 1)]]
 
@@ -292,16 +328,16 @@ def test_mistakes_are_one_line(pair, train):
 
 def test_mnist_is_looked_for_in_data_dir(train, monkeypatch):
     asked = []
-    monkeypatch.setattr(evaluate.data_sets, "load", lambda *a: asked.append(a) or 1 / 0)
+    monkeypatch.setattr(evaluate.data, "load", lambda *a: asked.append(a) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("forward", "--data-dir", "there")
-    assert asked[0][:2] == ("mnist", Path("there"))
+    assert asked[0][:2] == ("mnist", "there")
 
 
 def test_without_matplotlib_the_figures_that_need_it_say_so(pair, monkeypatch):
     for name in [m for m in sys.modules if m.split(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    for flags in (["block"], ["loss", "v"], ["sweep", "none.jsonl"]):
+    for flags in (["loss", "v"], ["sweep", "none.jsonl"]):
         if flags[0] == "sweep":
             Path("none.jsonl").write_text(line(1.0) + "\n" + line(2.0) + "\n")
         assert "pip install matplotlib" in refused(*flags, "--out", "m.png")

@@ -1,20 +1,20 @@
-"""The figures of README.md, for any data set, checkpoint or sweep.
+"""The figures of the README and the docs, for any data set, checkpoint or sweep.
 
-    python figures.py forward                       a digit turning into noise
-    python figures.py x0hat CKPT_EPS CKPT_V         what each model takes the clean image to be
-    python figures.py block                         the adaLN-Zero block of dit.py, drawn
-    python figures.py loss CKPT...                  error in eps against t
-    python figures.py sweep FILE.jsonl...           what evaluate.py found: quality against guidance
-                                                    and steps
+    python -m tools.figures forward                     a digit at several t, from x0 to noise
+    python -m tools.figures attention CKPT              what one patch of a digit attends to
+    python -m tools.figures guidance CKPT               the same noise at several guidance scales
+    python -m tools.figures x0hat CKPT_EPS CKPT_V       each model's estimate of the clean image
+    python -m tools.figures loss CKPT...                error in eps against t
+    python -m tools.figures sweep FILE.jsonl...         tools.evaluate's results against guidance
+                                                        and steps
 
-Each writes a PNG: --out FILE.png, or a new numbered one under output/. `forward` and `x0hat` need
-Pillow alone, the others matplotlib too. Not needed to understand DiT.
+Each writes a PNG: --out FILE.png, or a new numbered one under output/. `loss` and `sweep` need
+matplotlib.
 """
 
-import argparse
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -22,210 +22,234 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoints
-import evaluate
-from cli import BATCH, SEED, Parser, UserError, check_target, cli, generator, number, printable
-from data import save_picture, to_uint8
-from diffusion import GaussianDiffusion
-from dit import DiT
-from ranks import Ranks, pick_device
-from runs import atomic_write
-from sample import OUTPUT, find_checkpoint, next_free
-from train_mnist import DIFFUSION
+from diffusion import GaussianDiffusion, classifier_free_guidance
+from dit import Attention, patchify
+from sample import Checkpoint, sample
+from support import checkpoints, distributed, paths
+from support.cli import (
+    BATCH, COUNT, SCALE, SEED, Parser, UserError, atomic_write, check_target, io_errors, next_free,
+    number, run_command, say)
+from support.data import to_uint8
+from support.folders import find_checkpoint
+from support.sampling import resolve_sampling
+from support.seeds import generator
+from tools import evaluate
 
 FORWARD_TIMES = [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999]
 X0HAT_TIMES = [999, 950, 900, 800, 600, 400, 200, 50]
+ATTENTION_TIMES = [800, 50]
 METRICS = {"accuracy": "accuracy", "frechet": "Frechet distance", "precision": "precision",
            "recall": "recall"}
 
-# ---------------------------------------------------------------- images, noised
+# ---------------------------------------------------------------- images and models
 
 
-def images_of(a: argparse.Namespace, state: dict | None, device: torch.device
-              ) -> tuple[Tensor, Tensor]:
-    """--images images of the test set, the classes in turn, in an order that --seed decides: x0
+def load_images(args: Namespace, state: dict | None, device: torch.device
+                ) -> tuple[Tensor, Tensor]:
+    """--images images of the test set, class-balanced, in an order that depends on --seed: x0
     float32 (N, C, H, H) in [-1, 1] and y int64 (N,), on `device`."""
-    sets, _data_dir = evaluate.load_data(a, state)
-    if state is not None:
-        evaluate.check_data(state, sets["train"], Ranks(device).warn)
-    test = sets["test"]
-    if a.images > len(test.images):
-        raise UserError(f"--images {a.images}: the test set of {printable(test.name)} has "
-                        f"{len(test.images)}")
-    order = torch.randperm(len(test.images), generator=generator("cpu", a.seed, "figure"))
-    turn = torch.zeros(len(order))                  # how many of its class come before it
-    for label in test.labels.unique():
-        of_class = test.labels[order] == label
-        turn[of_class] = torch.arange(int(of_class.sum()), dtype=turn.dtype)
-    return test.batch(order[turn.argsort(stable=True)][: a.images], device)
+    _, test = evaluate.load_data(args, state)
+    if args.images > (count := len(test.images)):
+        raise UserError(f"--images {args.images}: the test set of {test.name} has {count}")
+    order = evaluate.class_balanced_order(count, test.labels.numpy(), args.seed, "figure")
+    return test.batch(torch.from_numpy(order[: args.images]), device)
 
 
 def noise_like(x0: Tensor, *key) -> Tensor:
-    """Standard normal noise that `key` decides, the same on every device: (N, C, H, H)."""
+    """Standard normal noise that depends on `key` alone, on every device: (N, C, H, H)."""
     return torch.randn(x0.shape, generator=generator("cpu", *key)).to(x0.device)
 
 
-def noised(diffusion: GaussianDiffusion, x0: Tensor, times: list[int], seed: int) -> list[Tensor]:
-    """xt (N, C, H, H) for each of `times`; an image has the same noise at all of them."""
-    eps = noise_like(x0, seed, "eps")
+def noised(diffusion, x0: Tensor, args: Namespace) -> list[Tensor]:
+    """xt (N, C, H, H) for each of --times; an image has the same noise at all of them."""
+    if (latest := max(args.times)) >= (total := diffusion.num_timesteps):
+        raise UserError(f"--times {latest}: t goes from 0 to {total - 1}")
+    eps = noise_like(x0, args.seed, "eps")
     return [diffusion.q_sample(x0, torch.full((len(x0),), t, device=x0.device), eps)
-            for t in times]
+            for t in args.times]
 
 
-def sheet(rows: list[Tensor], names: list[str], heads: list[str], feet: list[str], group: int
+def load_models(names: list[str], device: torch.device
+                ) -> tuple[dict, list[tuple[str, Checkpoint]]]:
+    """(the state of the first checkpoint, a name and a model for each). The name is the prediction,
+    with the run folder where two are the same. Raises UserError where they cannot be compared."""
+    files = [find_checkpoint(name) for name in names]
+    states = [checkpoints.load(file) for file in files]
+    models = [evaluate.as_checkpoint(file, state, "ema", device)
+              for file, state in zip(files, states, strict=True)]
+    shape = {}
+    for file, state, m in zip(files, states, models, strict=True):
+        noising = {k: v for k, v in state["config"]["diffusion"].items()
+                   if k not in ("prediction", "weighting")}     # what decides xt
+        for key, value in [("input_size", m.model.input_size), ("in_channels", m.model.in_channels),
+                           ("num_classes", m.model.num_classes),
+                           ("process", (state["config"]["process"], noising))]:
+            if shape.setdefault(key, value) != value:
+                raise UserError(f"{file} has {key} {value}, and {files[0]} {shape[key]}: they "
+                                f"cannot share a figure")
+    predictions = [m.diffusion.prediction for m in models]
+    names = [p + f", {file.resolve().parent.name}/{file.stem}" * (predictions.count(p) > 1)
+             for p, file in zip(predictions, files, strict=True)]
+    return states[0], list(zip(names, models, strict=True))
+
+
+# ---------------------------------------------------------------- sheets of images
+
+
+def font(size: int):
+    return ImageFont.load_default(size=size)
+
+
+def picture(image: Tensor, side: int) -> Image.Image:
+    """One image, float (C, H, H) in [-1, 1] (clipped), as side x side pixels."""
+    pixels = to_uint8(image).cpu().permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy()
+    return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+
+
+def sheet(rows: list, names: list[str], heads: list[str], feet: list[str], group: int = 1
           ) -> Image.Image:
-    """Rows of images, float (M, C, H, H) in [-1, 1] (clipped), a name left of each; above each
-    column a head, below it a foot of one line or more; a wider gap after every `group` rows."""
-    side = rows[0].shape[-1]
-    zoom = max(1, 84 // side)
-    cell, gap, font = max(84, side * zoom), 4, ImageFont.load_default(size=14)
-    left = 12 + max(int(font.getlength(name)) for name in names)
-    top, below = 28, 8 + 18 * max(foot.count("\n") + 1 for foot in feet)
+    """Rows of images, float tensors (M, C, H, H) or lists of pictures of one size. A name left of
+    each row, a head above each column and a foot of one line or more below it; a wider gap after
+    every `group` rows."""
+    if isinstance(rows[0], Tensor):
+        side = rows[0].shape[-1]
+        rows = [[picture(x, max(84, side)) for x in row] for row in rows]
+    cell, gap = rows[0][0].width, 4
+    left = 12 + max(int(font(14).getlength(name)) for name in names)
+    top, below = 28, 8 + 18 * max(foot.count("\n") + 1 for foot in feet) * any(feet)
     bottom = top + len(rows) * (cell + gap) + (len(rows) - 1) // group * 3 * gap
-    picture = Image.new("RGB", (left + len(heads) * (cell + gap), bottom + below), "white")
-    draw = ImageDraw.Draw(picture)
+    page = Image.new("RGB", (left + len(heads) * (cell + gap), bottom + below), "white")
+    draw = ImageDraw.Draw(page)
     for column, words in enumerate(zip(heads, feet, strict=True)):
         for y, text in zip((top / 2, bottom + below / 2), words, strict=True):
-            draw.multiline_text((left + column * (cell + gap) + cell / 2, y), text, "black", font,
-                                anchor="mm", align="center")
+            draw.multiline_text((left + column * (cell + gap) + cell / 2, y), text, "black",
+                                font(14), anchor="mm", align="center")
     for r, (row, name) in enumerate(zip(rows, names, strict=True)):
         y = top + r * (cell + gap) + r // group * 3 * gap
-        draw.text((left - 8, y + cell / 2), name, "black", font, anchor="rm")
-        for column, image in enumerate(to_uint8(row).cpu()):
-            pixels = Image.fromarray(image.permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy())
-            pixels = pixels.resize((cell, cell), Image.Resampling.NEAREST)
-            picture.paste(pixels, (left + column * (cell + gap), y))
-    return picture
+        draw.text((left - 8, y + cell / 2), name, "black", font(14), anchor="rm")
+        for column, image in enumerate(row):
+            page.paste(image, (left + column * (cell + gap), y))
+    return page
 
 
-def forward(a: argparse.Namespace, device: torch.device) -> Callable[[Path], None]:
+def forward(args: Namespace, device: torch.device) -> Image.Image:
     """x0 and its xt at each of --times, alpha_bar below them: DDPM eq. 4."""
-    diffusion = GaussianDiffusion(**DIFFUSION).to(device)
-    check_times(a.times, diffusion)
-    x0, _y = images_of(a, None, device)
-    columns = [x0, *noised(diffusion, x0, a.times, a.seed)]
-    heads = ["x0"] + [f"t = {t}" for t in a.times]
-    feet = [""] + [f"alpha_bar\n{digits(diffusion.alpha_bar[t])}" for t in a.times]
-    rows = list(torch.stack(columns, dim=1))                    # one (columns, C, H, H) per image
-    return lambda path: save_picture(path, sheet(rows, [""] * len(rows), heads, feet, 1))
-
-
-def digits(x: Tensor) -> str:
-    """A number between 0 and 1 in few digits: 0.99990, 0.895, 0.00004."""
-    x = x.item()
-    return f"{x:.5f}" if x < 0.001 or x > 0.999 else f"{x:.3f}"
-
-
-def check_times(times: list[int], diffusion: GaussianDiffusion) -> None:
-    if max(times) >= diffusion.num_timesteps:
-        raise UserError(f"--times {max(times)}: t goes from 0 to {diffusion.num_timesteps - 1}")
-
-
-# ---------------------------------------------------------------- what models see
-
-
-@dataclass
-class Model:
-    """A checkpoint, ready: `name` is its prediction, and its run's folder where two have one."""
-
-    state: dict
-    model: DiT
-    diffusion: GaussianDiffusion
-    name: str
-
-
-def models_of(names: list[str], device: torch.device) -> list[Model]:
-    """The models of checkpoints or run folders; UserError where they cannot be compared."""
-    paths = [find_checkpoint(name) for name in names]
-    states = [checkpoints.load(path) for path in paths]
-    predictions = [state["config"]["prediction"] for state in states]
-    models = []
-    for path, state in zip(paths, states, strict=True):
-        name = state["config"]["prediction"]
-        if predictions.count(name) > 1:
-            name += f", {printable(path.resolve().parent.name)}/{path.stem}"
-        models.append(Model(state, *checkpoints.build(state, "ema", device), name))
-    first = states[0]["config"]
-    for path, state in zip(paths, states, strict=True):
-        for key, part in [("input_size", "model"), ("in_channels", "model"),
-                          ("num_classes", "model"), ("diffusion", None)]:
-            here, there = (c[part][key] if part else c[key] for c in (state["config"], first))
-            if here != there:
-                raise UserError(f"{printable(path)} has {key} {here}, and {printable(paths[0])} "
-                                f"{there}: they cannot share a figure")
-    return models
+    diffusion = GaussianDiffusion().to(device)
+    x0, _ = load_images(args, None, device)
+    rows = torch.stack([x0, *noised(diffusion, x0, args)], dim=1)       # (N, columns, C, H, H)
+    bars = [diffusion.alpha_bar[t].item() for t in args.times]
+    feet = [f"{bar:.5f}" if bar < 0.001 or bar > 0.999 else f"{bar:.3f}" for bar in bars]
+    return sheet(list(rows), [""] * len(rows), ["x0"] + [f"t = {t}" for t in args.times],
+                 [""] + [f"alpha_bar\n{foot}" for foot in feet])
 
 
 @torch.no_grad()
-def x0hat(a: argparse.Namespace, device: torch.device) -> Callable[[Path], None]:
-    """xt at each of --times, and below it the x0_hat of each model, not guided, not clipped: at
+def x0hat(args: Namespace, device: torch.device) -> Image.Image:
+    """xt at each of --times, and below it the x0_hat of each model, neither guided nor clipped: at
     t = 999 an error of the output is divided by 0.006 for eps, and multiplied by 1 for v."""
-    models = models_of(a.checkpoints, device)
-    check_times(a.times, models[0].diffusion)
-    x0, y = images_of(a, models[0].state, device)
-    xts = noised(models[0].diffusion, x0, a.times, a.seed)
+    state, models = load_models(args.checkpoints, device)
+    process = models[0][1].diffusion
+    x0, y = load_images(args, state, device)
+    xts = noised(process, x0, args)
     blocks = [torch.stack([*xts, x0], dim=1)]                   # each (N, columns, C, H, H)
-    for m in models:
-        found = [m.diffusion.estimate(m.model, xt, t, y, 1.0, clip=False)[0]
-                 for t, xt in zip(a.times, xts, strict=True)]
+    for name, m in models:
+        predict = classifier_free_guidance(m.model, y, cfg_scale=1)
+        found = [m.diffusion.denoise(predict, xt, t, clip=False)[0]
+                 for t, xt in zip(args.times, xts, strict=True)]
         blocks.append(torch.stack(found, dim=1))
-        errors = [float((x - x0).square().mean().sqrt()) for x in found]
-        print(f"{m.name}: RMS error of x0_hat " + ", ".join(
-            f"{e:.3g} (t={t})" for t, e in zip(a.times, errors, strict=True)))
-    names = ["xt"] + [f"x0_hat ({m.name})" for m in models]
-    share = models[0].diffusion.alpha_bar.sqrt()
-    heads = [f"t = {t}" for t in a.times] + ["x0"]
-    feet = [f"sqrt of\nalpha_bar\n{share[t]:.3f}" for t in a.times] + [""]
-    rows = [block[i] for i in range(len(x0)) for block in blocks]
-    return lambda path: save_picture(
-        path, sheet(rows, names * len(x0), heads, feet, len(blocks)))
+        errors = [(x - x0).square().mean().sqrt().item() for x in found]
+        say(f"{name}: RMS error of x0_hat " + ", ".join(
+            f"{e:.3g} (t={t})" for t, e in zip(args.times, errors, strict=True)))
+    one = torch.ones(1, 1, 1, 1, device=device)                 # without noise: its share in xt
+    shares = [process.q_sample(one, torch.tensor([t], device=device), 0 * one).item()
+              for t in args.times]
+    return sheet([block[i] for i in range(len(x0)) for block in blocks],
+                 ["xt", *(f"x0_hat ({name})" for name, _ in models)] * len(x0),
+                 [f"t = {t}" for t in args.times] + ["x0"],
+                 [f"alpha\n{share:.3f}" for share in shares] + [""], len(blocks))
+
+
+def guidance(args: Namespace, device: torch.device) -> Image.Image:
+    """Samples of every class from the same noise, a row for each guidance scale."""
+    _, [(_, checkpoint)] = load_models([args.checkpoint], device)
+    y = torch.arange(min(10, len(checkpoint.class_names)))
+    rows = [next(sample(checkpoint, y, args.seed, resolve_sampling(checkpoint, s, args.steps)))
+            for s in args.cfg_scale]
+    words = {0: "unconditional", 1: "conditional"}
+    return sheet(rows, [f"scale {s:g}: {words.get(s, 'guided')}" for s in args.cfg_scale],
+                 [checkpoint.class_names[i] for i in y], [""] * len(y), len(rows))
+
+
+# ---------------------------------------------------------------- attention
 
 
 @torch.no_grad()
-def loss_by_time(m: Model, x0: Tensor, y: Tensor, a: argparse.Namespace, bar
-                 ) -> tuple[list[float], list[float]]:
-    """(the middles of --bins equal parts of 0..T-1, the mean `loss_in_eps` in each), over all
-    images, each with a timestep and noise of its own in every bin."""
-    edges = torch.linspace(0, m.diffusion.num_timesteps, a.bins + 1).round().long().tolist()
-    middles, means = [], []
-    for low, high in zip(edges, edges[1:], strict=False):
-        rng = generator("cpu", a.seed, "bin", low, high)
-        t = torch.randint(low, high, (len(x0),), generator=rng).to(x0.device)
-        eps, total = noise_like(x0, a.seed, "bin noise", low, high), 0.0
-        for part in torch.arange(len(x0)).to(x0.device).split(a.batch_size):
-            loss = m.diffusion.loss(m.model, x0[part], t[part], y[part], eps[part])
-            total += m.diffusion.loss_in_eps(loss, t[part]).sum().item()
-            bar.update(len(part))
-        middles.append((low + high - 1) / 2)
-        means.append(total / len(x0))
-    return middles, means
+def attention_weights(model, xt: Tensor, t: int, y: Tensor) -> list[Tensor]:
+    """For each block, how much each patch attends to each: (B, N, N), rows sum to 1, the mean of
+    the heads. Computed from the queries and keys of a forward."""
+    layers = [m for m in model.modules() if isinstance(m, Attention)]
+    if not layers:
+        raise UserError("this network has no attention of dit.py")
+    found = []
+
+    def hook(layer: Attention, qkv: Tensor) -> None:
+        B, N, D = qkv.shape
+        q, k, _ = qkv.reshape(B, N, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
+        found.append((q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1).mean(dim=1))
+
+    hooks = [layer.qkv.register_forward_hook(lambda _m, _in, out, layer=layer: hook(layer, out))
+             for layer in layers]
+    model(xt, torch.full_like(y, t), y)
+    for handle in hooks:
+        handle.remove()
+    return found
 
 
-def loss(a: argparse.Namespace, device: torch.device) -> Callable[[Path], None]:
-    """The mean error in eps against t, for each model, on images it was not trained on."""
-    figure = new_figure(figsize=(7, 4))
-    models = models_of(a.checkpoints, device)
-    if a.bins > models[0].diffusion.num_timesteps:
-        raise UserError(f"--bins {a.bins}: there are {models[0].diffusion.num_timesteps} timesteps")
-    x0, y = images_of(a, models[0].state, device)
-    axes = figure.subplots()
-    with tqdm(total=len(models) * a.bins * len(x0), desc="measuring", unit="image",
-              dynamic_ncols=True) as bar:
-        for m in models:
-            middles, means = loss_by_time(m, x0, y, a, bar)
-            mean = sum(means) / len(means)
-            axes.semilogy(middles, means, marker=".", label=f"{m.name}: mean {mean:.4f}")
-    axes.set(xlabel="t", ylabel="squared error in eps", title=f"{len(x0)} test images")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(title="predicts")
-    return lambda path: save_figure(path, figure)
+def overlay(image: Tensor, query: int, weights: Tensor, cell: int = 126) -> Image.Image:
+    """An image with the query patch outlined. Every patch is coloured by its share of the query's
+    attention, weights (N,), in percent; 0 throughout: the image alone."""
+    side, page = math.isqrt(len(weights)), picture(image, cell)
+    p = cell / side                                             # of a patch, in pixels
+    if weights.any():
+        mask = (255 * (weights / 0.4).clamp(max=1)).to(torch.uint8).view(side, side).cpu()
+        mask = Image.fromarray(mask.numpy()).resize(page.size, Image.Resampling.NEAREST)
+        page = Image.composite(Image.new("RGB", page.size, (235, 100, 0)),
+                               page.point(lambda value: value * 0.5), mask)
+    draw = ImageDraw.Draw(page)
+    x, y = query % side * p, query // side * p
+    draw.rectangle((x, y, x + p - 1, y + p - 1), outline=(0, 220, 255), width=3)
+    for i, percent in enumerate((100 * weights).round().int().tolist()):
+        if percent > 0 and p > 24:                              # there is room for it
+            draw.text(((i % side + 0.5) * p, (i // side + 0.5) * p), str(percent), "white",
+                      font(12), anchor="mm", stroke_width=1, stroke_fill="black")
+    return page
 
 
-# ---------------------------------------------------------------- matplotlib
+def attention(args: Namespace, device: torch.device) -> Image.Image:
+    """xt with the patch of highest contrast outlined, and what it attends to in each block; a row
+    for each image and t."""
+    state, [(_, checkpoint)] = load_models([args.checkpoint], device)
+    x0, y = load_images(args, state, device)
+    xts = noised(checkpoint.diffusion, x0, args)
+    found = [attention_weights(checkpoint.model, xt, t, y)      # for each t, for each block
+             for t, xt in zip(args.times, xts, strict=True)]
+    side = math.isqrt(found[0][0].shape[-1])
+    query = patchify(x0, x0.shape[-1] // side).std(dim=-1).argmax(dim=1).tolist()
+    rows = []
+    for i, q in enumerate(query):
+        for xt, blocks in zip(xts, found, strict=True):
+            rows.append([overlay(xt[i], q, 0 * blocks[0][i, q])]
+                        + [overlay(xt[i], q, weights[i, q]) for weights in blocks])
+    heads = ["xt"] + [f"block {k}, %" for k in range(len(found[0]))]
+    return sheet(rows, [f"t = {t}" for t in args.times] * len(x0), heads, [""] * len(heads),
+                 len(xts))
+
+
+# ---------------------------------------------------------------- curves (matplotlib)
 
 
 def new_figure(**options):
-    """A matplotlib Figure without a window; UserError where matplotlib is not installed."""
+    """A matplotlib Figure without a window. Raises UserError where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -233,142 +257,107 @@ def new_figure(**options):
     return Figure(layout="constrained", **options)
 
 
-def save_figure(path: Path, figure) -> None:
-    """Write a PNG, whole or not at all. Raises OSError."""
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=140))
+@torch.no_grad()
+def loss_by_time(m: Checkpoint, x0: Tensor, y: Tensor, args: Namespace, bar
+                 ) -> tuple[list[float], list[float]]:
+    """(the centres of --bins equal parts of 0..T-1, the mean `loss_in_eps` in each) over all
+    images, each with its own timestep and noise in every bin."""
+    edges = torch.linspace(0, m.diffusion.num_timesteps, args.bins + 1).round().long().tolist()
+    means = []
+    for low, high in zip(edges, edges[1:], strict=False):
+        rng = generator("cpu", args.seed, "bin", low, high)
+        t = torch.randint(low, high, (len(x0),), generator=rng).to(x0.device)
+        eps, total = noise_like(x0, args.seed, "bin noise", low, high), 0.0
+        for part in torch.arange(len(x0)).to(x0.device).split(args.batch_size):
+            loss = m.diffusion.loss(m.model, x0[part], t[part], y[part], eps[part])
+            total += m.diffusion.loss_in_eps(loss, t[part]).sum().item()
+            bar.update(len(part))
+        means.append(total / len(x0))
+    return [(low + high - 1) / 2 for low, high in zip(edges, edges[1:], strict=False)], means
 
 
-# ---------------------------------------------------------------- the block, drawn
-
-BLUE, GREEN, ORANGE, GREY = "#dbe9f9", "#dff2df", "#fde8cf", "#f1f1f1"
-# From top to bottom: (y, text, colour). One of two residual branches; both have the same form.
-BRANCH = [(0.0, "LayerNorm", GREY), (-0.9, "× (1 + scale) + shift", ORANGE), (-1.8, "", BLUE),
-          (-2.7, "× gate", ORANGE)]
-
-
-def draw_box(axes, x: float, y: float, text: str, colour: str, width: float = 2.6,
-             height: float = 0.56, **options) -> None:
-    """A rounded box around (x, y), its text in the middle."""
-    from matplotlib.patches import FancyBboxPatch
-    axes.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, fc=colour,
-                                  ec="#444444", lw=1, boxstyle="round,pad=0,rounding_size=0.08"))
-    axes.text(x, y, text, ha="center", va="center", fontsize=10.5, **options)
-
-
-def draw_arrow(axes, *points: tuple[float, float], **options) -> None:
-    """A line through the points, with a head at the last."""
-    *_, before, last = points
-    axes.plot(*zip(*points[:-1], strict=True), color="#444444", lw=1.1, solid_capstyle="butt")
-    axes.annotate("", last, before, arrowprops=dict(arrowstyle="-|>", color="#444444", lw=1.1,
-                                                    shrinkA=0, shrinkB=0), **options)
-
-
-def draw_branch(axes, top: float, name: str, suffix: str, out: float) -> None:
-    """LayerNorm -> scale, shift -> `name` -> gate -> plus, from height `top` down to the plus,
-    and the way past it. Arrows from the six vectors come from the right, at x = `out`."""
-    for y, text, colour in BRANCH:
-        draw_box(axes, 0, top + y, text or name, colour)
-        draw_arrow(axes, (0, top + y + 0.62), (0, top + y + 0.28))
-    plus = top - 3.55
-    draw_arrow(axes, (0, top - 2.98), (0, plus + 0.2))
-    draw_box(axes, 0, plus, "+", "white", width=0.4, height=0.4, weight="bold")
-    draw_arrow(axes, (0, top + 0.62), (-1.9, top + 0.62), (-1.9, plus), (-0.2, plus))
-    for y, text in [(top - 0.9, f"scale_{suffix}, shift_{suffix}"), (top - 2.7, f"gate_{suffix}")]:
-        draw_arrow(axes, (out, y), (1.3, y))
-        axes.text((out + 1.3) / 2, y + 0.1, text, ha="center", va="bottom", fontsize=9.5,
-                  family="monospace")
-
-
-def block(a: argparse.Namespace, device: torch.device) -> Callable[[Path], None]:
-    """The block of dit.py: DiT figure 3, "DiT block with adaLN-Zero", in the names of the code."""
-    figure = new_figure(figsize=(8, 8.2))
+def loss(args: Namespace, device: torch.device):
+    """The mean error in eps against t, for each model, on images it was not trained on."""
+    figure = new_figure(figsize=(7, 4))
+    state, models = load_models(args.checkpoints, device)
+    if args.bins > (total := models[0][1].diffusion.num_timesteps):
+        raise UserError(f"--bins {args.bins}: there are {total} timesteps")
+    x0, y = load_images(args, state, device)
     axes = figure.subplots()
-    axes.set(xlim=(-2.4, 6.9), ylim=(-9.15, 1.65), aspect="equal")
-    axes.axis("off")
-    out = 4.3                                       # the left side of the Linear
-    axes.text(0, 1.3, "tokens x  (B, N, D)", ha="center", va="center", fontsize=11)
-    axes.plot((0, 0), (1.08, 0.62), color="#444444", lw=1.1)
-    draw_branch(axes, 0, "Attention", "attn", out)
-    axes.plot((0, 0), (-3.75, -4.1), color="#444444", lw=1.1)
-    draw_branch(axes, -4.72, "MLP", "mlp", out)
-    draw_arrow(axes, (0, -8.47), (0, -8.8))
-    axes.text(0, -9.0, "tokens x  (B, N, D)", ha="center", va="center", fontsize=11)
-
-    middle = out + 1.1
-    axes.text(middle, 1.3, "condition c  (B, D)\nof timestep and class", ha="center", va="center",
-              fontsize=11)
-    draw_arrow(axes, (middle, 0.95), (middle, 0.48))
-    draw_box(axes, middle, 0.2, "SiLU", GREEN, width=2.2)
-    draw_arrow(axes, (middle, -0.08), (middle, -0.5))
-    draw_box(axes, middle, -4.16, "Linear\nD → 6 D\n\nzero-initialised:\nall six vectors\n"
-             "start at 0,\nso both gates\nare shut and\na fresh block\nis the identity", GREEN,
-             width=2.2, height=7.3, linespacing=1.4)
-    return lambda path: save_figure(path, figure)
+    with tqdm(total=len(models) * args.bins * len(x0), desc="measuring", unit="image",
+              dynamic_ncols=True) as bar:
+        for name, m in models:
+            centres, means = loss_by_time(m, x0, y, args, bar)
+            mean = sum(means) / len(means)
+            axes.semilogy(centres, means, marker=".", label=f"{name}: mean {mean:.4f}")
+    axes.set(xlabel="t", ylabel="squared error in eps", title=f"{len(x0)} test images")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(title="prediction")
+    return figure
 
 
-# ---------------------------------------------------------------- what evaluate.py found
+# What makes two evaluations the same measurement, and how a legend names it.
+SETTINGS = dict(source="{}", weights="{}", images="{:,} images", sampler="{}", steps="{} steps",
+                guidance="guidance {:g}", seeds="seed {}", data="data {}")
 
 
 def read_evaluations(files: list[Path]) -> list[dict]:
-    """The lines of evaluations.jsonl files that are about samples of a checkpoint; where two were
-    made in the same way, the last."""
+    """The evaluations of checkpoints in evaluations.jsonl files; the last of those with the same
+    settings."""
     found = {}
     for file in files:
         try:
-            lines = file.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{printable(file)} cannot be read: "
-                            f"{getattr(error, 'strerror', None) or 'no text'}") from None
+            with io_errors(f"{file} cannot be read"):
+                lines = file.read_text().splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"{file} cannot be read: no text") from None
         for i, line in enumerate(lines, 1):
             try:
                 result = json.loads(line)
                 if isinstance(result, dict) and "cfg_scale" not in result:
                     continue                        # of an .npz or a folder
-                row = point_of(result)
+                point = point_of(result)
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{printable(file)}, line {i} is no line of evaluate.py") from None
-            found[tuple(v for k, v in row.items() if k not in ("samples", "std", "test"))] = row
+                raise UserError(f"{file}, line {i} is no line of tools.evaluate") from None
+            found[tuple(point[k] for k in SETTINGS)] = point
     if not found:
-        raise UserError("no evaluation of a checkpoint in " + ", ".join(map(printable, files)))
+        raise UserError("no evaluation of a checkpoint in " + ", ".join(map(str, files)))
     return list(found.values())
 
 
 def point_of(result: dict) -> dict:
-    """What a figure needs of a line of evaluations.jsonl. Raises where it is not of its form."""
-    rows = result["rows"]
-    eta = result["eta"] if result["sampler"] == "ddim" else 1.0
-    sampler = result["sampler"] + (f", eta {eta:g}" if result["sampler"] == "ddim" and eta else "")
-    return dict(source=printable(result["images_from"]), weights=str(result["weights"]),
-                sampler=printable(sampler), steps=int(result["steps"]),
-                guidance=float(result["cfg_scale"]), images=int(rows["samples"]["images"]),
+    """What a figure needs of a line of evaluations.jsonl. Raises where it has another form."""
+    rows, sampler = result["rows"], str(result["sampler"])
+    if sampler == "ddim" and result["eta"]:
+        sampler += f", eta {result['eta']:g}"
+    return dict(source=str(result["images_from"]), weights=str(result["weights"]), sampler=sampler,
+                steps=int(result["steps"]), guidance=float(result["cfg_scale"]),
+                images=int(rows["samples"]["images"]), data=str(result["data_digest"]),
                 seeds=", ".join(str(int(seed)) for seed in result["seeds"]),
-                data=printable(result["data_digest"]),
                 samples={m: float(rows["samples"]["mean"][m]) for m in METRICS},
                 std={m: float((rows["samples"]["std"] or {}).get(m, 0)) for m in METRICS},
                 test={m: float(rows["test"]["mean"][m]) for m in METRICS})
 
 
-def series_against(points: list[dict], x: str) -> dict[str, list[dict]]:
-    """Label -> points that differ in `x` alone, in its order. Against steps a sampler that has one
-    number of steps (ddpm) stands as a point beside those with several."""
-    keys = [k for k in ("source", "weights", "images", "sampler", "steps", "guidance", "seeds",
-                        "data") if k != x]
+def series_against(x: str, points: list[dict]) -> dict[str, list[dict]]:
+    """Label -> points that differ in `x` alone, in its order. Against steps, a sampler with one
+    number of steps (ddpm) is a point beside those with several."""
+    def settings(point: dict, without: set[str]) -> tuple:
+        return tuple(point[k] for k in SETTINGS if k not in without)
+
     groups = {}
-    for p in sorted(points, key=lambda p: p[x]):
-        groups.setdefault(tuple(p[k] for k in keys), []).append(p)
-    place = keys.index("sampler")
-    beside = lambda key: key[:place] + key[place + 1:] if x == "steps" else key     # noqa: E731
-    several = {beside(key) for key, group in groups.items() if len(group) > 1}
-    groups = {key: group for key, group in groups.items() if beside(key) in several}
-    varied = [i for i in range(len(keys)) if len({key[i] for key in groups}) > 1]
-    told = {"steps": "{} steps", "guidance": "guidance {:g}", "images": "{:,} images",
-            "seeds": "seed {}", "data": "data {}"}
-    return {", ".join(told.get(keys[i], "{}").format(key[i]) for i in varied or [place]): group
-            for key, group in groups.items()}
+    for point in sorted(points, key=lambda p: p[x]):
+        groups.setdefault(settings(point, {x}), []).append(point)
+    beside = {"steps", "sampler"} if x == "steps" else {x}
+    several = {settings(group[0], beside) for group in groups.values() if len(group) > 1}
+    found = [group for group in groups.values() if settings(group[0], beside) in several]
+    varied = [k for k in SETTINGS if k != x and len({group[0][k] for group in found}) > 1]
+    return {", ".join(SETTINGS[k].format(group[0][k]) for k in varied or ["sampler"]): group
+            for group in found}
 
 
 def draw_metric(axes, series: dict[str, list[dict]], x: str, metric: str) -> None:
-    """One metric against x, a line (or point) for each series; dashed, what the test set gets."""
+    """One metric against x, a line (or point) for each series; dashed, the test set's value."""
     for label, group in series.items():
         spread = [p["std"][metric] for p in group]
         axes.errorbar([p[x] for p in group], [p["samples"][metric] for p in group],
@@ -382,7 +371,7 @@ def draw_metric(axes, series: dict[str, list[dict]], x: str, metric: str) -> Non
         axes.set_yscale("log")
     elif metric == "frechet":
         axes.set_ylim(0, 1.1 * max(drawn))
-    else:                                           # shares; not the rounding of equal ones
+    else:                                           # shares: differences below 0.03 look small
         axes.set_ylim(min(drawn) - 0.03, min(max(drawn) + 0.03, 1.005))
     if x == "steps":
         axes.set_xscale("log")
@@ -392,93 +381,84 @@ def draw_metric(axes, series: dict[str, list[dict]], x: str, metric: str) -> Non
     axes.grid(alpha=0.3)
 
 
-def sweep(a: argparse.Namespace, device: torch.device) -> Callable[[Path], None]:
+def sweep(args: Namespace, device: torch.device):
     """A row of panels for each of --against for which there are at least two values."""
-    points = read_evaluations(a.files)
-    wanted = {x: series_against(points, x) for x in a.against}
-    empty = [x for x, series in wanted.items() if not series]
-    if empty and (len(empty) == len(wanted) or len(a.against) == 1):
-        raise UserError(f"there are no two evaluations that differ in {' or '.join(empty)} alone")
-    rows = [(x, series) for x, series in wanted.items() if series]
-    figure = new_figure(figsize=(13, 3.3 * len(rows) + 0.4))
-    grid = figure.subplots(len(rows), len(METRICS), squeeze=False)
-    for (x, series), panels in zip(rows, grid, strict=True):
+    points = read_evaluations(args.files)
+    series = {x: found for x in args.against if (found := series_against(x, points))}
+    if not series:
+        raise UserError(f"no two evaluations differ in {' or '.join(args.against)} alone")
+    figure = new_figure(figsize=(13, 3.3 * len(series) + 0.4))
+    grid = figure.subplots(len(series), len(METRICS), squeeze=False)
+    for (x, found), panels in zip(series.items(), grid, strict=True):
         for metric, axes in zip(METRICS, panels, strict=True):
-            draw_metric(axes, series, x, metric)
+            draw_metric(axes, found, x, metric)
         panels[0].legend(fontsize=8)
-    images = sorted({p["images"] for _, series in rows for group in series.values()
-                     for p in group})
-    figure.suptitle(" or ".join(f"{n:,}" for n in images) + " samples")
-    return lambda path: save_figure(path, figure)
+    images = {p["images"] for found in series.values() for group in found.values() for p in group}
+    figure.suptitle(" or ".join(f"{n:,}" for n in sorted(images)) + " samples")
+    return figure
 
 
 # ---------------------------------------------------------------- the command
 
 
 def main(argv: list[str] | None = None) -> int:
-    a, unknown = parser().parse_known_args(argv)
-    if unknown:                                     # told by the subcommand, which knows its flags
-        a.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    target = a.out or next_free(OUTPUT, a.figure, ".png")
-    check_target(target, a.force, ".png")
-    draw = {"forward": forward, "x0hat": x0hat, "block": block, "loss": loss, "sweep": sweep}
-    write = draw[a.figure](a, pick_device(getattr(a, "device", "cpu")))
-    target = a.out or next_free(OUTPUT, a.figure, ".png")   # another call may have taken the number
-    try:
-        write(target)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror or error}") from None
-    print(f"written: {target}")
+    args, unknown = parser().parse_known_args(argv)
+    if unknown:                             # reported by the subcommand, which knows its flags
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    check_target(args.out or next_free(paths.OUTPUT, args.figure, ".png"), args.force, ".png")
+    figure = args.draw(args, distributed.pick_device(getattr(args, "device", "cpu")))
+    target = args.out or next_free(paths.OUTPUT, args.figure, ".png")   # free at this time
+    with io_errors(f"{target} cannot be written"):
+        if isinstance(figure, Image.Image):
+            atomic_write(target, lambda file: figure.save(file, format="png"))
+        else:
+            atomic_write(target, lambda file: figure.savefig(file, format="png", dpi=140))
+    say(f"written: {paths.short(target)}")
     return 0
 
 
-def add_data_flags(p: Parser, images: int, default: str) -> None:
-    g = p.add_argument_group("the images, of the test set")
-    g.add_argument("--dataset", help="mnist, fashion_mnist, cifar10, glyphs or folder:PATH "
-                   f"(default: {default})")
-    g.add_argument("--data-dir", metavar="DIR", help="where the data set is, or is downloaded to "
-                   "(default: the checkpoint's if it is there, else data)")
-    g.add_argument("--images", type=number(int, 1), default=images, metavar="N",
-                   help=f"how many (default: {images})")
-    g.add_argument("--seed", type=SEED, default=0, help="of their choice and of the "
-                   "noise (default: 0)")
-    p.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
-
-
-def add_times(p: Parser, times: list[int]) -> None:
-    p.add_argument("--times", type=number(int, 0), nargs="+", default=times, metavar="T",
-                   help=f"timesteps (default: {' '.join(map(str, times))})")
-
-
 def parser() -> Parser:
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-               allow_abbrev=False)
+    p = Parser(__doc__)
     figures = p.add_subparsers(dest="figure", required=True, metavar="FIGURE")
 
-    def add(name: str, text: str) -> Parser:
-        sub = figures.add_parser(name, help=text, description=text, allow_abbrev=False)
+    def add(draw, text: str, models: str | None = None, images: int = 0, times=()) -> Parser:
+        sub = figures.add_parser(draw.__name__, help=text, description=text)
+        sub.set_defaults(parser=sub, draw=draw, image_size=None)
+        if models:
+            sub.add_argument(models, nargs="+" if models == "checkpoints" else "?", metavar="CKPT",
+                             help="a checkpoint or a run folder")
+        if images:
+            sub.add_argument("--dataset", help="mnist, fashion_mnist, cifar10, glyphs or "
+                             "folder:PATH (default: the checkpoint's, else mnist)")
+            sub.add_argument("--data-dir", metavar="DIR", help="where the data set is, or is "
+                             "downloaded to (default: the checkpoint's if it exists, else data/)")
+            sub.add_argument("--images", type=COUNT, default=images, metavar="N",
+                             help=f"how many images of the test set (default: {images})")
+        if times:
+            sub.add_argument("--times", type=number(int, 0), nargs="+", default=times, metavar="T",
+                             help=f"timesteps (default: {' '.join(map(str, times))})")
+        if draw is not sweep:
+            sub.add_argument("--seed", type=SEED, default=0, help="seed of the images and of the "
+                             "noise (default: 0)")
+            sub.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
         sub.add_argument("--out", type=Path, metavar="FILE.png", help="the figure (default: a new "
-                         "numbered one under output/)")
+                         "numbered file under output/)")
         sub.add_argument("--force", action="store_true", help="overwrite an existing file")
-        sub.set_defaults(parser=sub, image_size=None)
         return sub
 
-    sub = add("forward", "images at several t, from x0 to noise")
-    add_data_flags(sub, 1, "mnist")
-    add_times(sub, FORWARD_TIMES)
-    sub = add("x0hat", "xt, and the x0_hat of each checkpoint, at several t")
-    sub.add_argument("checkpoints", nargs="+", metavar="CKPT", help="checkpoints, or runs' folders")
-    add_data_flags(sub, 2, "the first checkpoint's")
-    add_times(sub, X0HAT_TIMES)
-    add("block", "a drawing of the adaLN-Zero block")
-    sub = add("loss", "mean squared error in eps against t")
-    sub.add_argument("checkpoints", nargs="+", metavar="CKPT", help="checkpoints, or runs' folders")
-    add_data_flags(sub, 500, "the first checkpoint's")
-    sub.add_argument("--bins", type=number(int, 1), default=20, help="equal parts of the timesteps "
+    add(forward, "images at several t, from x0 to noise", images=1, times=FORWARD_TIMES)
+    add(x0hat, "xt, and the x0_hat of each checkpoint, at several t", "checkpoints", 2, X0HAT_TIMES)
+    add(attention, "what one patch attends to in each block", "checkpoint", 2, ATTENTION_TIMES)
+    sub = add(guidance, "the same noise at several guidance scales", "checkpoint")
+    sub.add_argument("--cfg-scale", type=SCALE, nargs="+", default=[0, 1, 2, 4], metavar="S",
+                     help="guidance scales (default: 0 1 2 4)")
+    sub.add_argument("--steps", type=COUNT, help="sampling steps (default: the checkpoint's)")
+    sub = add(loss, "mean squared error in eps against t", "checkpoints", 500)
+    sub.add_argument("--bins", type=COUNT, default=20, help="equal parts of the timesteps "
                      "(default: 20)")
-    sub.add_argument("--batch-size", type=BATCH, default=250,
-                     help="images at a time (default: 250)")
-    sub = add("sweep", "evaluate.py's results against guidance and steps")
+    sub.add_argument("--batch-size", type=BATCH, default=250, help="images at a time "
+                     "(default: 250)")
+    sub = add(sweep, "the results of tools.evaluate against guidance and steps")
     sub.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl",
                      help="evaluations.jsonl of one or more runs")
     sub.add_argument("--against", nargs="+", choices=("guidance", "steps"),
@@ -488,4 +468,4 @@ def parser() -> Parser:
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

@@ -1,11 +1,11 @@
-"""The ruler: a small classifier of the real images, and distances between what it sees.
+"""The ruler: a small classifier of the real images, and distances between its features.
 
-    assets/ruler-mnist.pt           the one for MNIST: everyone measures with the same
-    DATA_DIR/ruler-NAME-DIGEST.pt   for any other data set, trained on it once
+    assets/ruler-mnist.pt                   for MNIST: everyone measures with the same one
+    output/cache/ruler-NAME-DIGEST.pt       for any other data set, trained on it once
 
-Its features are the 64 numbers before the last layer: images that are alike to a classifier are
-near one another there. First the classifier, its training and its files; then the Frechet distance,
-precision and recall, and the nearest training image. Not needed to understand DiT.
+The features are the 64 numbers before the last layer, in which images of similar content are close.
+This file has the classifier, its training and its files, then the metrics: Frechet distance,
+precision and recall, nearest training image.
 """
 
 import hashlib
@@ -18,16 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoints import read_archive
-from data import Batches, ImageSet
-from cli import UserError, generator, mix_seed, printable
-from runs import atomic_write, slug
+from support import paths
+from support.checkpoints import read_archive
+from support.cli import UserError, atomic_write, reason, say, shorten, warn
+from support.data import Batches, ImageSet
+from support.folders import slug
+from support.seeds import generator, mix_seed
 
-SHIPPED = Path(__file__).parent / "assets" / "ruler-mnist.pt"
+SHIPPED = paths.ROOT / "assets" / "ruler-mnist.pt"
 FORMAT = "dit-lesson-ruler/1"
-EPOCHS, BATCH_SIZE, LR = 6, 128, 4e-3           # 99.6% on MNIST's test set
-LEAST_STEPS = 300                               # for a small data set
-LEAST_ACCURACY = {"mnist": 0.994}               # below it, the shipped ruler is not replaced
+EPOCHS, BATCH_SIZE, LR = 6, 128, 4e-3           # 99.6% accuracy on MNIST's test set
+MIN_STEPS = 300                                 # for a small data set
+MIN_ACCURACY = {"mnist": 0.994}                 # --train-ruler writes no worse one
 
 
 class Ruler(nn.Module):
@@ -58,27 +60,24 @@ class Ruler(nn.Module):
 
 
 @torch.no_grad()
-def look(ruler: Ruler, images: Tensor, desc: str = "ruler") -> tuple[np.ndarray, np.ndarray]:
-    """What the ruler sees in uint8 images (N, C, H, H): features float32 (N, 64) and the classes
-    it takes them for, int64 (N,)."""
-    device, seen = ruler.head.weight.device, []
-    bar = tqdm(total=len(images), desc=desc, unit="img", leave=False, dynamic_ncols=True)
-    with bar, torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        for part in images.split(500):
-            x = part.to(device).float() / 127.5 - 1
+def extract(ruler: Ruler, images: Tensor, desc: str = "ruler") -> tuple[np.ndarray, np.ndarray]:
+    """features float32 (N, 64) and predicted classes int64 (N,) of uint8 images (N, C, H, H)."""
+    found = []
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        for part in tqdm(images.split(500), desc=desc, leave=False, dynamic_ncols=True):
+            x = part.to(ruler.head.weight.device).float() / 127.5 - 1
             logits, features = ruler(x.contiguous(memory_format=torch.channels_last))
-            seen.append((features.cpu(), logits.argmax(1).cpu()))
-            bar.update(len(part))
-    features, guesses = (torch.cat(parts).numpy() for parts in zip(*seen, strict=True))
-    return features, guesses
+            found.append((features.cpu(), logits.argmax(1).cpu()))
+    features, predicted = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+    return features, predicted
 
 
 # ---------------------------------------------------------------- training
 
 
 def augment(x: Tensor, rng: torch.Generator) -> Tensor:
-    """x (B, C, H, H), each turned by up to 10 degrees, scaled by up to 10%, shifted by up to a
-    sixteenth of its side; what comes in at the border is -1, black."""
+    """x (B, C, H, H), each image rotated by up to 10 degrees, scaled by up to 10%, shifted by up to
+    a sixteenth of its side; pixels from outside are -1, black."""
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=rng, device=x.device) * 2 - 1
     angle, scale = uniform(len(x)) * 0.175, 1 + uniform(len(x)) * 0.1
@@ -92,21 +91,23 @@ def augment(x: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def train(images: ImageSet, test: ImageSet, seed: int, device: torch.device) -> tuple[Ruler, dict]:
-    """A new ruler for a data set, in eval mode, its weights rounded to float16 as they are kept;
-    and what the file says of it. Deterministic by seed, on one device and number of threads."""
+    """Train a ruler for a data set: (the ruler in eval mode, its weights rounded to float16 as they
+    are stored; its metadata). Deterministic by seed, on one device and number of threads."""
     if images.images.shape[-1] < 8:
         raise UserError("the ruler needs images of at least 8x8 pixels")
+    about = dict(dataset=images.name, digest=images.digest(), seed=seed,
+                 in_channels=images.images.shape[1], num_classes=len(images.class_names))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix_seed(seed, "ruler"))
-        ruler = Ruler(images.images.shape[1], len(images.class_names))
+        ruler = Ruler(about["in_channels"], about["num_classes"])
     ruler.to(device, memory_format=torch.channels_last).train()
-    steps = max(LEAST_STEPS, EPOCHS * len(images.images) // BATCH_SIZE)
+    steps = max(MIN_STEPS, EPOCHS * len(images.images) // BATCH_SIZE)
     opt = torch.optim.AdamW(ruler.parameters(), LR, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, LR, total_steps=steps)
-    batches = Batches(len(images.images), BATCH_SIZE, mix_seed(seed, "ruler"), torch.device("cpu"))
+    batches = Batches(images, BATCH_SIZE, mix_seed(seed, "ruler"), device)
     for step in tqdm(range(steps), desc=f"training the ruler of {images.name}", unit="step",
                      dynamic_ncols=True):
-        x, y = images.batch(batches(step), device)
+        x, y = batches(step)
         x = augment(x, generator(device, seed, "ruler", step))
         logits, _ = ruler(x.contiguous(memory_format=torch.channels_last))
         F.cross_entropy(logits, y).backward()
@@ -114,19 +115,16 @@ def train(images: ImageSet, test: ImageSet, seed: int, device: torch.device) -> 
         opt.zero_grad(set_to_none=True)
         schedule.step()
     ruler.eval().half().float()
-    _, guesses = look(ruler, test.images, "testing the ruler")
-    accuracy = float((guesses == test.labels.numpy()).mean())
-    about = dict(dataset=images.name, digest=images.digest(), seed=seed, steps=steps,
-                 test_images=len(guesses), test_accuracy=accuracy,
-                 in_channels=images.images.shape[1], num_classes=len(images.class_names))
-    return ruler, about
+    _, predicted = extract(ruler, test.images, "testing the ruler")
+    accuracy = float((predicted == test.labels.numpy()).mean())
+    return ruler, about | dict(steps=steps, test_images=len(predicted), test_accuracy=accuracy)
 
 
 # ---------------------------------------------------------------- files
 
 
 def save(path: Path, ruler: Ruler, about: dict) -> None:
-    """Raises OSError where the file cannot be written."""
+    """Write a ruler atomically. Raises OSError."""
     weights = {name: w.cpu().contiguous().half() if w.is_floating_point() else w.cpu()
                for name, w in ruler.state_dict().items()}
     state = {"format": FORMAT, "about": about, "weights": weights}
@@ -134,35 +132,31 @@ def save(path: Path, ruler: Ruler, about: dict) -> None:
 
 
 def load(path: Path, device: torch.device) -> tuple[Ruler, dict]:
-    """The ruler in a file, in eval mode, and what the file says of it. UserError if it is none."""
+    """The ruler in a file, in eval mode, and its metadata. Raises UserError if it is not one."""
     state = read_archive(path)
     try:
-        if state["format"] != FORMAT:
-            raise ValueError(f"format {state['format']!r}")
         about = state["about"]
-        if not math.isfinite(about["test_accuracy"]) or not isinstance(about["digest"], str):
+        if not (state["format"] == FORMAT and math.isfinite(about["test_accuracy"])
+                and isinstance(about["digest"], str) and 0 < about["in_channels"] <= 4
+                and 0 < about["num_classes"] <= 100_000):
             raise ValueError("its metadata are damaged")
-        if not (0 < about["in_channels"] <= 4 and 0 < about["num_classes"] <= 100_000):
-            raise ValueError("its sizes are not those of a ruler")
         ruler = Ruler(about["in_channels"], about["num_classes"])
         ruler.load_state_dict(state["weights"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{printable(path)} is not a ruler ({printable(error)[:100]}): delete it "
-                        f"to have it trained again") from None
+        raise UserError(f"{path} is not a ruler ({shorten(error, 100)}): delete it to train it "
+                        f"again") from None
     return ruler.eval().to(device, memory_format=torch.channels_last), about
 
 
-def kept_at(images: ImageSet, data_dir: Path) -> Path:
-    """Where the ruler of a data set is kept, if it is not the one that ships."""
-    return data_dir / f"ruler-{slug(images.name)}-{images.digest()}.pt"
+def cached_at(images: ImageSet) -> Path:
+    """Where the ruler of a data set is stored, if it is not the one that ships."""
+    return paths.OUTPUT / "cache" / f"ruler-{slug(images.name)}-{images.digest()}.pt"
 
 
-def find(images: ImageSet, test: ImageSet, data_dir: Path, device: torch.device, warn
-         ) -> tuple[Ruler, dict, Path]:
-    """(the ruler of a data set, what is known of it, its file): the one that ships if it was
-    trained on these very images, else the one beside the data, else a new one, kept there.
-    warn(line) is told where it cannot be kept."""
-    own = kept_at(images, data_dir)
+def find(images: ImageSet, test: ImageSet, device: torch.device) -> tuple[Ruler, dict, Path]:
+    """(the ruler of a data set, its metadata, its file): the one that ships if it was trained on
+    exactly these images, else the one under output/cache, else a new one, stored there."""
+    own = cached_at(images)
     for path in (SHIPPED, own) if images.name == "mnist" else (own,):
         if path.is_file():
             ruler, about = load(path, device)
@@ -171,24 +165,10 @@ def find(images: ImageSet, test: ImageSet, data_dir: Path, device: torch.device,
     ruler, about = train(images, test, 0, device)
     try:
         save(own, ruler, about)
+        say(f"written: {paths.short(own)} (the ruler of {images.name})")
     except OSError as error:
-        warn(f"the ruler cannot be kept in {data_dir} ({error.strerror or error}): it will be "
-             f"trained again next time")
+        warn(f"{own} cannot be written ({reason(error)}): next time the ruler is trained again")
     return ruler, about, own
-
-
-def make(images: ImageSet, test: ImageSet, path: Path, seed: int, device: torch.device) -> dict:
-    """Train a ruler and write it to `path`; UserError, and nothing written, if it is a poor one."""
-    ruler, about = train(images, test, seed, device)
-    least = LEAST_ACCURACY.get(images.name, 0.0)
-    if about["test_accuracy"] < least:
-        raise UserError(f"this ruler is right on {about['test_accuracy']:.2%} of the test set, and "
-                        f"{least:.1%} are needed: nothing is written; try another --seed", status=1)
-    try:
-        save(path, ruler, about)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-    return about
 
 
 # ---------------------------------------------------------------- Frechet distance
@@ -196,17 +176,18 @@ def make(images: ImageSet, test: ImageSet, path: Path, seed: int, device: torch.
 
 def moments(features: np.ndarray, weights: np.ndarray | None = None
             ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (D,) and covariance (D, D), float64, of features (N, D), or with weights (N,)."""
+    """Mean (D,) and covariance (D, D), float64, of features (N, D) with weights (N,)."""
     x = features.astype(np.float64)
     covariance = np.cov(x, rowvar=False, aweights=weights)
     return np.average(x, axis=0, weights=weights), np.atleast_2d(covariance)
 
 
 def frechet(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:
-    """The distance of two Gaussians given by mean and covariance, squared: Heusel et al.,
+    """The squared distance of two Gaussians given by mean and covariance: Heusel et al.,
     arXiv 1706.08500, eq. 6,  |m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)).
 
-    A B is similar to the symmetric A^(1/2) B A^(1/2), whose eigenvalues' roots add up to the trace.
+    A B is similar to the symmetric A^(1/2) B A^(1/2): the trace is the sum of the roots of its
+    eigenvalues.
     """
     (mean_a, A), (mean_b, B) = a, b
     values, vectors = np.linalg.eigh(A)
@@ -216,7 +197,7 @@ def frechet(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) 
     return float(((mean_a - mean_b) ** 2).sum() + max(between, 0.0))
 
 
-# ---------------------------------------------------------------- neighbours
+# ---------------------------------------------------------------- nearest neighbours
 
 
 def _distances(a: np.ndarray, b: np.ndarray, rows: int = 1000):
@@ -239,8 +220,8 @@ def neighbour_metrics(samples: np.ndarray, real: np.ndarray, k: int = 3, k_naeem
     """precision, recall, density, coverage of features (N, D) against real ones (M, D).
 
     Precision: the share of samples within the k-th neighbour's distance of some real image; recall:
-    the same with the roles changed (Kynkaanniemi et al., arXiv 1904.06991, eq. 1-3). Density: how
-    many such balls a sample lies in, over k; coverage: the share of balls that hold a sample
+    the same with the roles exchanged (Kynkaanniemi et al., arXiv 1904.06991, eq. 1-3). Density: how
+    many such balls a sample lies in, over k; coverage: the share of balls that contain a sample
     (Naeem et al., arXiv 2002.09797, eq. 3 and 5).
     """
     (r_samples,), (r_real, r_naeem) = radii(samples, k), radii(real, k, k_naeem)
@@ -259,14 +240,14 @@ def neighbour_metrics(samples: np.ndarray, real: np.ndarray, k: int = 3, k_naeem
 def nearest_distances(images: Tensor, train: Tensor, device: torch.device | str = "cpu"
                       ) -> np.ndarray:
     """For each of images (N, C, H, H) the distance to the nearest of train (M, C, H, H), uint8:
-    Euclidean over all pixels, values 0 to 1, float64 (N,). A copied image has 0."""
+    Euclidean over all pixels, values 0 to 1, float64 (N,). 0 for a copy."""
     x = images.flatten(1).to(device).float() / 255
     best = torch.full((len(x),), float("inf"), device=device)
     which = torch.zeros(len(x), dtype=torch.int64, device=device)
     starts = range(0, len(train), 5_000)
     for start in tqdm(starts, desc="nearest training images", leave=False, dynamic_ncols=True):
         other = train[start : start + 5_000].flatten(1).to(device).float() / 255
-        # |x - o|^2 less the |x|^2 that does not depend on o
+        # |x - o|^2 without |x|^2, which does not depend on o
         value, index = ((other**2).sum(1) - 2 * x @ other.T).min(dim=1)
         which = torch.where(value < best, index + start, which)
         best = torch.minimum(value, best)
