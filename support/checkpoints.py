@@ -68,13 +68,17 @@ class Damaged(UserError):
 
 
 def read_archive(path: Path) -> object:
-    """The content of a file written by torch.save, on the CPU; no code in it is run.
+    """The content of a file written by torch.save, on the CPU; no code in it is run. (Of a
+    *.safetensors: support/safetensors_folder.py.)
 
     Raises UserError where the file is missing or cannot be read; Damaged where it is not such an
     archive, fails its checksum, claims tensors larger than itself, or asks for more than tensors
     and plain values (and argparse.Namespace, which the published training checkpoints hold).
     """
     name = path
+    if str(path).endswith(".safetensors"):
+        from support import safetensors_folder      # an optional package; imports this module
+        return safetensors_folder.read(Path(path))
     try:
         if not os.path.isfile(path):
             raise UserError(f"{name} is not a file" if os.path.exists(path) else

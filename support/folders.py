@@ -10,6 +10,7 @@ from support import paths
 from support.cli import UserError, io_errors, say
 
 CONFIG = "config.json"          # written first: its presence is what makes a folder a run
+EXPORTED = "model.safetensors"  # of a folder that tools/export.py wrote, with a config.json as well
 
 
 def slug(text: str) -> str:
@@ -30,7 +31,8 @@ def new_folder(parent: Path, label: str) -> Path:
 
 
 def is_run_folder(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() or bool(checkpoints_in(folder))
+    exported = (folder / EXPORTED).is_file()
+    return ((folder / CONFIG).is_file() and not exported) or bool(checkpoints_in(folder))
 
 
 def is_partial_write(path: Path) -> bool:
@@ -67,14 +69,17 @@ def newest_run(parent: Path, trained: bool = False) -> Path | None:
 
 
 def find_checkpoint(name: str | Path | None) -> Path:
-    """The named file, or the last checkpoint of the named run folder; without a name, that of the
-    newest run under output/, else the checkpoint that ships."""
+    """The named file, the last checkpoint of the named run folder, or the weights in the named
+    folder of an export; without a name, the last checkpoint of the newest run under output/, else
+    the one that ships."""
     if name is not None and not os.path.isdir(name):
         return Path(name)
     run = Path(name) if name is not None else newest_run(paths.OUTPUT, trained=True)
     if run is not None:
         if not (found := checkpoints_in(run)):
-            raise UserError(f"{run} holds no checkpoint (step_*.pt)")
+            if (run / EXPORTED).is_file():
+                return run / EXPORTED
+            raise UserError(f"{run} holds no checkpoint (step_*.pt or {EXPORTED})")
         return found[-1]
     if not paths.SHIPPED.is_file():
         raise UserError(f"no checkpoint under {paths.short(paths.OUTPUT)}: train one with python "
