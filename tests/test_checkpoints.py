@@ -1,4 +1,4 @@
-"""checkpoints.py: written whole or not at all; read without trust, and every lie is named."""
+"""support/checkpoints.py: files complete or absent, and read as untrusted input."""
 
 import argparse
 import os
@@ -16,30 +16,33 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoints
-import export
-from cli import UserError
+import sample
+import train_mnist
+from conftest import ROOT, load, tensors_equal
 from dit import DiT
+from support import checkpoints, components, paths
+from support.cli import UserError, escape
+from support.folders import keep_last
+from support.muon import BatchedMuon
 
-ROOT = Path(__file__).parent.parent
 MODEL = dict(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=2, num_heads=2,
              num_classes=3)
 
 
 def refused(call, *args, **options) -> str:
-    """The one line with which a call refuses what it was given, but for the test's own folder,
-    whose name could hold the word that is looked for."""
+    """The error line of a call that must be refused, as it is printed, without the test's own
+    folder, whose name could contain the word that is looked for."""
     with pytest.raises(UserError) as caught:
         call(*args, **options)
-    line = str(caught.value)
-    assert line.isprintable() and len(line) < 1000, line
+    line = escape(str(caught.value))
+    assert len(line) < 1000, line
     return re.sub(r"\S*/test_[^/\s]*/", "", line)
 
 
 def optimizers_of(model: DiT) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "blocks" in n]
     rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "blocks" in n)]
-    return [torch.optim.AdamW(rest, lr=1e-3), torch.optim.Muon(matrices, lr=0.02)]
+    return [torch.optim.AdamW(rest, lr=1e-3), BatchedMuon(matrices, lr=0.02)]
 
 
 def some_state(seed: int = 0, model: dict = MODEL) -> dict:
@@ -51,8 +54,10 @@ def some_state(seed: int = 0, model: dict = MODEL) -> dict:
     for opt in optimizers:
         opt.step()
     config = dict(
-        model=dict(model), diffusion=dict(num_timesteps=1000, beta_start=1e-4, beta_end=0.02),
-        prediction="v", data=dict(dataset="some", digest="0123"), recipe=dict(lr=1e-3, seed=0),
+        network="dit", model=components.arguments_for(DiT, model), process="ddpm",
+        diffusion=dict(num_timesteps=1000, beta_start=1e-4, beta_end=0.02, prediction="v",
+                       weighting="plain"),
+        data=dict(dataset="some", digest="0123"), recipe=dict(lr=1e-3, seed=0),
         sampling=dict(sampler="ddim", steps=5, eta=0.0, cfg_scale=2.0))
     return dict(step=1, config=config, class_names=[str(i) for i in range(model["num_classes"])],
                 ema=ema.state_dict(), model=net.state_dict(), scaler={},
@@ -87,18 +92,19 @@ def test_what_was_saved_is_loaded(path):
 
 IN_A_PROCESS = """
 import sys, resource, signal, os
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch, checkpoints
+import torch
 from pathlib import Path
+from support import checkpoints
 from test_checkpoints import some_state
 path = Path({path!r})
 """
 
 
 def in_a_process(path: Path, code: str, **options) -> subprocess.Popen:
-    code = IN_A_PROCESS.format(root=str(ROOT), tests=str(ROOT / "tests"), path=str(path)) + code
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, **options)
+    code = IN_A_PROCESS.format(path=str(path)) + code
+    found = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **found}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs resource limits")
@@ -157,14 +163,14 @@ def test_keep_last(tmp_path, monkeypatch):
         (tmp_path / f"step_{step:07d}.pt").write_text("")
     for other in ("step_x.pt", "step_0000001.pt.damaged", "mnist.pt"):
         (tmp_path / other).write_text("")
-    checkpoints.keep_last(tmp_path, 2)
+    keep_last(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.glob("step_0*.pt")) == ["step_0000010.pt"]
     assert (tmp_path / "step_9999999.pt").exists() and len(list(tmp_path.iterdir())) == 5
 
     def denied(self):
         raise PermissionError(13, "no")
     monkeypatch.setattr(Path, "unlink", denied)
-    checkpoints.keep_last(tmp_path, 1)              # what cannot be deleted stays, without a word
+    keep_last(tmp_path, 1)              # what cannot be deleted stays, without a word
 
 
 def test_a_shared_checkpoint_holds_ema_alone_in_half_precision(path):
@@ -265,7 +271,7 @@ def test_globals_that_weights_do_not_need_are_refused(path, tmp_path, monkeypatc
 def test_pickles_that_make_no_sense_are_refused(path, code):
     line = refused(checkpoints.load, rewritten(path, {"data.pkl": code}))
     assert "damaged" in line or "refused" in line or "not a checkpoint" in line
-    assert ("no sound one" in line) == (code[:2] in (b"r\xff", b"]r", b"]p")), line
+    assert ("malformed" in line) == (code[:2] in (b"r\xff", b"]r", b"]p")), line
 
 
 def edited(path: Path, old: bytes, new: bytes) -> Path:
@@ -311,7 +317,7 @@ def test_one_record_under_many_names_does_not_multiply(path):
     zeros = {n: w.clone() for n, w in state["ema"].items()}
     zeros["blocks.1.attn.qkv.bias"] = zeros["blocks.0.attn.qkv.bias"]       # the same object
     checkpoints.save(path, {**state, "ema": zeros})
-    assert "share their numbers" in refused(checkpoints.load, path)
+    assert "share their storage" in refused(checkpoints.load, path)
 
 
 def test_a_config_that_claims_a_terabyte_is_refused_before_it_is_built(path):
@@ -366,7 +372,7 @@ def test_files_that_are_no_checkpoints(tmp_path, path):
     os.mkfifo(tmp_path / "pipe")
     assert "is not a file" in refused(checkpoints.load, tmp_path / "pipe")
     path.write_bytes(path.read_bytes()[:-1])
-    assert "cut short" in refused(checkpoints.load, path)
+    assert "truncated" in refused(checkpoints.load, path)
     for content in ([1, 2], {"x": 1}, torch.zeros(3), {"format": torch.zeros(2)}, None, "text"):
         torch.save(content, path)
         assert "not a checkpoint of this project" in refused(checkpoints.load, path)
@@ -399,7 +405,10 @@ FIELDS = [
     ("config/diffusion/num_timesteps", [0, 10**9, 1e3]),
     ("config/diffusion/beta_start", [0.0, 1.0, float("nan"), float("inf"), 1, "x"]),
     ("config/diffusion/surprise", [1]),
-    ("config/prediction", ["eps2", 3, None, ["v"]]),
+    ("config/diffusion/prediction", ["eps2", 3, None, ["v"]]),
+    ("config/diffusion/weighting", ["none", 1]),
+    ("config/network", ["dit2", 3, None, ["dit"], "dit:DiT", "os:system"]),
+    ("config/process", ["ddpm2", 3, None]),
     ("config/data", [None, [], {"a": torch.zeros(2)}, {1: 2}, {"a": Namespace(b=1)}]),
     ("config/recipe", [None, 5, {"a": {"b": {"c": {"d": {"e": {}}}}}}]),
     ("config/sampling/sampler", ["euler", None, 1]),
@@ -414,7 +423,8 @@ FIELDS = [
     ("opt", [None, []]),
     ("scaler", [None, {"scale": "x"}, {"scale": float("nan")}, {3: "x"}, {"scale": 1.0}]),
 ]
-OPTIONAL = ("surprise", "mlp_ratio", "learn_sigma")
+OPTIONAL = ("surprise", "mlp_ratio", "learn_sigma", "network", "process", "depth", "num_heads",
+            "num_timesteps", "beta_start", "prediction", "weighting")
 CASES = [(where, value) for where, values in FIELDS for value in [*values, KeyError]
          if value is not KeyError or not where.endswith(OPTIONAL)]
 
@@ -423,7 +433,7 @@ CASES = [(where, value) for where, values in FIELDS for value in [*values, KeyEr
 def test_every_field_is_checked(tmp_path, where, value):
     """Each wrong or missing value is named, or the weights that it contradicts."""
     checkpoints.save(tmp_path / "x.pt", put(some_state(), where, value))
-    said = refused(checkpoints.load, tmp_path / "x.pt", full=True).partition("checkpoint: ")[2]
+    said = refused(checkpoints.load, tmp_path / "x.pt", full=True).partition(": ")[2]
     parts = ("config", "class_names", "ema", "model", where.split("/")[-1])
     assert said and any(part in said for part in parts), said
 
@@ -513,7 +523,7 @@ def test_load_fitting_takes_what_fits_and_names_what_does_not():
     weights = {n: w + 1 for n, w in source.state_dict().items()}
     weights["blocks.0.mlp.fc1.bias"][3] = float("nan")
     weights["blocks.0.mlp.fc2.bias"] = torch.ones(16, dtype=torch.int64)
-    weights["strange\x1b"] = weights.pop("t_embedder.mlp.0.bias")
+    weights["strange"] = weights.pop("t_embedder.mlp.0.bias")
     before = {n: w.clone() for n, w in other.state_dict().items()}
     said = checkpoints.load_fitting(other, {n: w.half() if w.is_floating_point() else w
                                             for n, w in weights.items()})
@@ -522,7 +532,7 @@ def test_load_fitting_takes_what_fits_and_names_what_does_not():
         "blocks.0.mlp.fc2.bias: not finite numbers in the file",
         "final_layer.linear.bias: (16,) in the file, (48,) here",
         "final_layer.linear.weight: (16, 16) in the file, (48, 16) here",
-        "strange\\x1b: not in this model",
+        "strange: not in this model",
         "t_embedder.mlp.0.bias: not in the file",
         "x_embedder.proj.weight: (16, 1, 4, 4) in the file, (16, 3, 4, 4) here",
         "y_embedder.embedding_table.weight: (4, 16) in the file, (6, 16) here"]
@@ -534,30 +544,75 @@ def test_load_fitting_takes_what_fits_and_names_what_does_not():
 
 
 def test_init_from_checks_a_checkpoint_of_this_project(path):
-    checkpoints.save(path, put(some_state(), "config/prediction", "nonsense"))
+    checkpoints.save(path, put(some_state(), "config/diffusion/prediction", "nonsense"))
     assert "prediction" in refused(checkpoints.read_any, path)
 
 
-# ---------------------------------------------------------------- export.py
+# ---------------------------------------------------------------- older checkpoints
 
 
-def test_export(path, tmp_path, capsys):
-    out = tmp_path / "out.pt"
-    assert export.main([str(path), str(out)]) == 0
-    state = checkpoints.load(out)
-    assert set(state) == {"format", "step", "config", "class_names", "ema"}
-    assert out.stat().st_size < path.stat().st_size / 4 and "out.pt" in capsys.readouterr().out
-    before = out.read_bytes()
-    assert "--force" in refused(export.main, [str(path), str(out)])
-    assert out.read_bytes() == before
-    assert export.main([str(path), str(out), "--force"]) == 0
-    assert checkpoints.load(out)["config"] == state["config"]
-    assert export.main([str(path), str(out), "--cfg-scale", "1.25", "--force"]) == 0
-    assert checkpoints.load(out)["config"]["sampling"] == dict(state["config"]["sampling"],
-                                                               cfg_scale=1.25)
-    assert ".pt" in refused(export.main, [str(path), str(tmp_path / "out.zip")])
-    missing, folder = tmp_path / "no.pt", tmp_path / "folder.pt"
-    folder.mkdir()
-    assert "does not exist" in refused(export.main, [str(missing), str(tmp_path / "b.pt")])
-    assert "folder" in refused(export.main, [str(path), str(folder), "--force"])
-    assert not (tmp_path / "b.pt").exists()
+OLDER_RECIPE = (
+    "dataset", "data_dir", "image_size", "prediction", "optimizer", "lr", "muon_lr", "decay",
+    "weight_decay", "clip", "label_dropout", "grad_accum", "precision", "compile", "seed", "keep",
+    "model", "steps", "batch_size", "ema_decay", "warmup", "log_every", "preview_every",
+    "save_every")
+PLAIN = ("--prediction", "v", "--timesteps", "uniform", "--weighting", "plain")
+
+
+def as_older(path: Path) -> Path:
+    """A checkpoint as the first version of dit-lesson/1 wrote it, in the place of this one."""
+    state = torch.load(path, weights_only=True)
+    config = state["config"]
+    config["prediction"] = config["diffusion"].pop("prediction")
+    config["diffusion"] = {k: config["diffusion"][k] for k in
+                           ("num_timesteps", "beta_start", "beta_end")}
+    config["model"] = {k: config["model"][k] for k in (
+        "patch_size", "hidden_size", "depth", "num_heads", "input_size", "in_channels",
+        "num_classes")}
+    config["recipe"] = {k: config["recipe"][k] for k in OLDER_RECIPE}
+    del config["network"], config["process"]
+    torch.save(state, path)
+    return path
+
+
+def test_an_older_checkpoint_loads_samples_and_resumes(trained, train, capsys):
+    """To the very weights that the uninterrupted run of today has."""
+    older = as_older(trained("--steps", 6, "--save-every", 3, "--keep", 9, *PLAIN,
+                             out="older").with_name("step_0000003.pt"))
+    (older.parent / "step_0000006.pt").unlink()
+    state = checkpoints.load(older, full=True)
+    assert (state["config"]["network"], state["config"]["process"]) == ("dit", "ddpm")
+    assert state["config"]["diffusion"]["prediction"] == "v"
+    assert state["config"]["diffusion"]["weighting"] == "plain"
+    assert sample.main([str(older), "--steps", "2", "--out", "a.png"]) == 0
+    assert sample.main([str(older), "--steps", "2", "--weights", "model", "--out", "b.png"]) == 0
+    assert train("--resume", "--out", "older") == 0
+    assert "at step 3" in capsys.readouterr().out
+    whole = trained("--steps", 6, "--save-every", 3, "--keep", 9, *PLAIN, out="whole")
+    resumed, whole = load(older.with_name("step_0000006.pt")), load(whole)
+    for part in ("model", "ema", "opt", "step"):
+        assert tensors_equal(resumed[part], whole[part]), part
+    checkpoints.save(Path("shared.pt"), checkpoints.shared(checkpoints.load(older)))
+    assert sample.main(["shared.pt", "--steps", "2", "--out", "c.png"]) == 0
+
+
+def test_the_weights_of_an_older_checkpoint_start_a_new_run(here, train, capsys):
+    """assets/mnist.pt is one of the first format: what it lacks takes its default."""
+    shipped = checkpoints.load(paths.SHIPPED)
+    flags = ["--dataset", "glyphs", "--steps", "1", "--batch-size", "2", "--out", "run"]
+    assert train_mnist.main([*flags, "--init-from", str(paths.SHIPPED)]) == 0
+    assert "(none: all fit)" in capsys.readouterr().out
+    config = load("run/step_0000001.pt")["config"]
+    assert config["model"] == shipped["config"]["model"]
+    assert config["diffusion"]["prediction"] == shipped["config"]["diffusion"]["prediction"]
+
+
+def test_a_checkpoint_of_another_versions_network_is_named(path):
+    """Not called damaged: resuming would otherwise put it aside."""
+    for key, kind in [("network", "network"), ("process", "process")]:
+        checkpoints.save(path, put(some_state(), f"config/{key}", "of-tomorrow"))
+        line = refused(checkpoints.load, path)
+        assert f"{path.name}: {kind} 'of-tomorrow' is unknown" in line
+        with pytest.raises(UserError) as caught:
+            checkpoints.load(path)
+        assert not isinstance(caught.value, checkpoints.Damaged)
