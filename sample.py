@@ -73,7 +73,7 @@ def generate(checkpoint: Checkpoint, labels: Sequence[int | str], cfg_scale: flo
     cfg_scale, steps, sampler, eta: by default what the checkpoint suggests. Image k depends on
     (seed, k) and its label alone. Raises UserError for a label or a value that is not possible.
     """
-    y = torch.tensor([parse_label(str(label), checkpoint.class_names) for label in labels])
+    y = torch.tensor([parse_label(label, checkpoint.class_names) for label in labels])
     how = resolve_sampling(checkpoint, cfg_scale, steps, sampler, eta)
     return torch.cat(list(sample(checkpoint, y, seed, how, batch_size))).as_subclass(Images)
 

@@ -33,11 +33,13 @@ MAX_SHOWN = 10_000              # images in one picture
 HINT = "; a checkpoint goes before the flags"
 
 
-def parse_label(text: str, class_names: list[str]) -> int:
-    """The index of a class given by its exact name, a number word or its index."""
-    if text in class_names:
+def parse_label(label: str | int, class_names: list[str]) -> int:
+    """The index of a class given by its exact name, a number word or its index; an integer is
+    always an index."""
+    named, text = isinstance(label, str), str(label if isinstance(label, str) else int(label))
+    if named and text in class_names:
         return class_names.index(text)
-    if text.lower() in DIGITS and str(DIGITS.index(text.lower())) in class_names:
+    if named and text.lower() in DIGITS and str(DIGITS.index(text.lower())) in class_names:
         return class_names.index(str(DIGITS.index(text.lower())))
     if text.isascii() and text.isdigit() and len(text) < 10 and int(text) < len(class_names):
         return int(text)
