@@ -44,6 +44,7 @@ def find_start(given: dict) -> Start:
     if given["resume"]:
         return _from_file(Path(given["resume"]), out)
     folder = out or newest_run(paths.OUTPUT)
+    folder = folder and Path(paths.short(folder))
     if folder is None or not is_run_folder(folder):
         raise UserError(f"no run to resume in {out or paths.short(paths.OUTPUT)}: start one "
                         f"without --resume")

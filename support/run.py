@@ -30,6 +30,7 @@ from support.folders import (
     new_folder,
     read_metrics,
 )
+from support.latents import is_latents
 from support.resume import Start, clear_partial_writes, find_start
 from support.seeds import mix_seed
 
@@ -129,6 +130,9 @@ class Run:
 
         preview(path, step, stopped) draws a picture; it may give up once stopped() is true.
         """
+        if is_latents(self.about_data["dataset"]):
+            preview.latents = True
+            config = {**config, "sampling": {**config["sampling"], "latents": True}}
         self.state, self.class_names, self.preview = state, class_names, preview
         self.config = {**config, "data": self.about_data, "recipe": settings.to_record(self.args)}
         if self.resumed:
@@ -149,7 +153,7 @@ class Run:
         folder = start.folder
         if folder is None:
             label = f"{self.about_data['dataset']}-{args.model}"
-            folder = Path(args.out) if args.out else new_folder(paths.OUTPUT, label)
+            folder = Path(args.out or paths.short(new_folder(paths.OUTPUT, label)))
             with io_errors(f"cannot make the folder {folder}"):
                 folder.mkdir(parents=True, exist_ok=True)
             start.lock = lock_folder(folder)

@@ -16,6 +16,7 @@ import train_mnist
 from support import checkpoints, data, distributed, paths
 from support import run as run_module
 from support.folders import checkpoints_in
+from support.preview import Preview
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -68,7 +69,9 @@ def train(here, monkeypatch):
     monkeypatch.setitem(dit.MODELS, TINY,
                         dict(patch_size=7, hidden_size=16, depth=2, num_heads=2))
     monkeypatch.setattr(data, "draw_glyphs", few_glyphs)
-    monkeypatch.setattr(run_module, "loss_curve", lambda folder: None)     # 50 steps take as long
+    # most of a tiny run's time would go to pictures
+    monkeypatch.setattr(train_mnist, "Preview", functools.partial(Preview, steps=2))
+    monkeypatch.setattr(run_module, "loss_curve", lambda folder: None)
 
     def run(*flags) -> int:
         flags = [str(f) for f in flags]

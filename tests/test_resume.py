@@ -1,14 +1,16 @@
-"""A run that is stopped, killed or moved goes on as if it had never stopped."""
+"""A run that is stopped, killed or moved continues as if it had never stopped."""
 
 import argparse
 import contextlib
 import errno
+import multiprocessing
 import os
 import random
 import re
 import resource
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -16,14 +18,16 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoints
 import dit
 import train_mnist
-from cli import UserError
-from conftest import FAST, TINY, command, load, tensors_equal
+from conftest import FAST, ROOT, TINY, command, load, tensors_equal
 from dit import DiT
-from runs import Run, StopSignals, checkpoints_in, lock_folder, read_metrics
+from support import checkpoints, components, data
+from support.cli import UserError, run_command
+from support.folders import checkpoints_in, is_run_folder, lock_folder, read_metrics
+from support.run import StopSignals
 
+NINE = ("--steps", 9, "--save-every", 3)
 STATE = ("step", "class_names", "ema", "model", "opt", "scaler")
 
 
@@ -40,34 +44,78 @@ def same_run(a, b) -> bool:
 # ---------------------------------------------------------------- resume, exactly
 
 
-@pytest.fixture(params=["muon", "adamw"])
-def straight(request, train):
-    """40 steps in one go: more than three epochs of 100 images by batches of 8."""
-    flags = ("--steps", 40, "--optimizer", request.param)
-    assert train(*flags, "--out", "straight") == 0
-    return flags
+class Fork:
+    """train_mnist.py in a process of its own, as `command` starts one, without its seconds of
+    imports; `first` is called before it."""
+
+    def __init__(self, *argv, cwd, first=None):
+        self.out, self.err = (Path(cwd) / f".{name}" for name in ("stdout", "stderr"))
+        self.process = multiprocessing.get_context("fork").Process(
+            target=self._work, args=([str(a) for a in argv], cwd, first))
+        self.process.start()
+
+    def _work(self, argv, cwd, first) -> None:
+        os.chdir(cwd)
+        for number, path in ((1, self.out), (2, self.err)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+        if first is not None:
+            first()
+        run_command(lambda: train_mnist.main(argv))
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+    def send_signal(self, signum: int) -> None:
+        os.kill(self.process.pid, signum)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def communicate(self, timeout=None) -> tuple[str, str]:
+        self.process.join(timeout)
+        assert self.poll() is not None, "it does not end"
+        return self.out.read_text(), self.err.read_text()
 
 
-@pytest.mark.parametrize("stop, save_every", [
-    (20, 1000),         # half-way, the checkpoint made by the stop alone
-    (7, 1000),          # in the middle of an epoch
-    (25, 5),            # at a checkpoint boundary; 200 images: an epoch's end as well
-    (13, 10),           # behind one, and behind a log interval
-    (1, 1), (39, 1000),
+def killed_in(owner, name: str, *argv) -> None:
+    """Run train_mnist.py in a process that is killed where it calls owner.name."""
+    def first():
+        setattr(owner, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+
+    process = Fork(*argv, cwd=Path.cwd(), first=first)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, out + err
+
+
+# 40 steps are more than three epochs of 100 images by batches of 8
+@pytest.mark.parametrize("optimizer, stop, save_every", [
+    ("muon", 20, 1000),         # half-way, the checkpoint made by the stop alone
+    ("muon", 7, 1000),          # in the middle of an epoch
+    ("muon", 25, 5),            # at a checkpoint boundary; 200 images: an epoch's end as well
+    ("muon", 13, 10),           # behind one, and behind a log interval
+    ("muon", 1, 1), ("muon", 39, 1000),
+    ("adamw", 20, 1000), ("adamw", 13, 10),
 ])
-def test_stopped_and_resumed_equals_straight(train, straight, stop, save_every):
-    flags = (*straight, "--save-every", save_every, "--out", "run")
-    assert train(*flags, "--stop-after", stop) == 0
+def test_stopped_and_resumed_equals_straight(train, trained, optimizer, stop, save_every):
+    flags = ("--steps", 40, "--optimizer", optimizer)
+    trained(*flags, out="straight")
+    assert train(*flags, "--save-every", save_every, "--out", "run", "--stop-after", stop) == 0
     assert load(checkpoints_in(Path("run"))[-1])["step"] == stop
     assert train("--resume", "--out", "run") == 0
     assert [r["step"] for r in rows("run")] == list(range(1, 41))
     assert same_run("straight", "run")
 
 
-def test_resumed_often_equals_straight(train, straight):
-    train(*straight, "--out", "run", "--stop-after", 3)
-    for _ in range(13):
-        train("--resume", "--out", "run", "--stop-after", 3)
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_resumed_often_equals_straight(train, trained, optimizer):
+    flags = ("--steps", 40, "--optimizer", optimizer)
+    trained(*flags, out="straight")
+    train(*flags, "--out", "run", "--stop-after", 3)
+    for steps in (5, 7, 9, 11, 13):
+        train("--resume", "--out", "run", "--stop-after", steps)
     assert same_run("straight", "run")
 
 
@@ -81,9 +129,9 @@ def test_on_a_gpu_resumed_equals_straight_to_rounding(train):
     assert b == pytest.approx(a, rel=1e-3)
 
 
-def test_rows_behind_the_checkpoint_are_cut(train):
-    train("--steps", 10, "--out", "straight")
-    train("--steps", 10, "--out", "run", "--stop-after", 6)
+def test_rows_behind_the_checkpoint_are_cut(train, trained):
+    trained("--steps", 10, out="straight")
+    trained("--steps", 10, "--stop-after", 6)
     with open("run/metrics.jsonl", "a") as file:        # a kill: later rows, and half a line
         file.write('{"step": 7, "loss": 9.0}\n{"step": 8, "loss": 9.0}\n{"step": 9, "lo')
     train("--resume", "--out", "run")
@@ -94,43 +142,86 @@ def test_without_out_the_newest_run_is_resumed_and_named(train, capsys):
     for seed in (1, 2):
         train("--steps", 4, "--stop-after", 2, "--seed", seed)
     newest, other = "output/002-glyphs-DiT-Test-7", "output/001-glyphs-DiT-Test-7"
-    os.utime(f"{other}/step_0000002.pt", (1, 1)), os.utime(other, (1, 1))
+    for path in (*Path(other).iterdir(), Path(other)):
+        os.utime(path, (1, 1))
     Path("output/notes").mkdir()
     Path("output/notes/todo.txt").write_text("no run")
     Path("output/empty").mkdir()
     train("--resume")
-    assert newest in capsys.readouterr().out
+    assert f"resuming {newest} at step 2\n" in capsys.readouterr().out
     assert len(rows(newest)) == 4 and len(rows(other)) == 2
     train("--steps", 4, "--stop-after", 2, "--out", "output/a-name-of-my-own")
     train("--resume")
     assert len(rows("output/a-name-of-my-own")) == 4
+    shutil.copytree(other, "output/copied", copy_function=shutil.copy)      # as `cp -r`
+    train("--resume")
+    assert len(rows("output/copied")) == 4 and len(rows(other)) == 2
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(train, capsys):
-    train("--steps", 4, "--out", "straight")
-    Path("run").mkdir()
-    Path("run/.step_0000000.pt.123.tmp").write_bytes(b"half")
-    assert train_mnist.main([*map(str, FAST), "--steps", "4", "--out", "run", "--resume"]) == 0
-    assert "no checkpoint yet" in capsys.readouterr().out
-    assert same_run("straight", "run")
+def test_a_run_killed_between_config_and_first_checkpoint_starts_with_its_recipe(
+        train, trained, capsys):
+    trained("--steps", 4, "--lr", 0.01, out="straight")
+    killed_in(checkpoints, "save", *FAST, "--steps", 4, "--lr", 0.01, "--out", "output/001-x")
+    folder = Path("output/001-x")
+    Path(folder, ".step_0000000.pt.123.tmp").write_bytes(b"half")
+    assert Path(folder, "config.json").is_file() and not checkpoints_in(folder)
+    with pytest.raises(UserError, match="output/001-x already holds a run"):
+        train("--steps", 4, "--out", folder)
+    with pytest.raises(UserError, match="--lr 0.5 differs from the checkpoint's 0.01"):
+        train("--resume", "--lr", 0.5)
+    capsys.readouterr()
+    assert train("--resume") == 0
+    assert "output/001-x has no checkpoint yet: starting at step 0" in capsys.readouterr().out
+    assert same_run("straight", folder)
 
 
-def test_a_new_run_can_be_resumed_from_step_0(train, monkeypatch):
-    train("--steps", 4, "--out", "straight")
+def test_a_run_killed_before_its_config_is_none_and_its_folder_is_free(train, trained):
+    trained("--steps", 4, out="straight")
+    from support import run
+    flags = (*FAST, "--steps", 4, "--out", "run")
+    killed_in(run, "atomic_write", *flags)
+    with pytest.raises(UserError, match="no run to resume in run"):
+        train("--resume", "--out", "run")
+    assert train(*flags) == 0 and same_run("straight", "run")
 
-    def killed(*_):
-        raise RuntimeError("as if killed")
 
-    with monkeypatch.context() as m:
-        m.setattr(train_mnist, "train", killed)
-        with pytest.raises(RuntimeError):
-            train("--steps", 4, "--out", "run")
+@pytest.mark.parametrize("flags", [
+    ("--init-from", "first/step_0000003.pt", *FAST, "--steps", 4),
+    ("--resume", "first/step_0000003.pt", "--steps", 5),
+])
+def test_where_the_weights_come_from_survives_a_kill_before_the_first_checkpoint(
+        train, trained, flags):
+    """config.json does not hold it: so the folder is no run before there is a checkpoint."""
+    trained("--steps", 3, out="first")
+    flags = (*flags, "--out", "b")
+    killed_in(checkpoints, "save", *flags)
+    with pytest.raises(UserError, match="no run to resume in b"):
+        train("--resume", "--out", "b")
+    train_mnist.main([*map(str, flags), "--stop-after", "1"])
+    old, new = load("first/step_0000003.pt"), load(checkpoints_in(Path("b"))[0])
+    assert tensors_equal(new["model"], old["model" if "--resume" in flags else "ema"])
+
+
+def test_a_new_run_can_be_resumed_from_step_0(train, trained):
+    trained("--steps", 4, out="straight")
+    killed_in(train_mnist, "train", *FAST, "--steps", 4, "--out", "run")
     train("--resume", "--out", "run")
     assert same_run("straight", "run")
 
 
-def test_a_checkpoint_file_is_resumed_in_its_folder_or_branches_off(train):
-    train("--steps", 9, "--out", "straight", "--save-every", 3)
+def test_what_cannot_be_loaded_again_is_known_before_the_first_step(train, monkeypatch):
+    class Odd(DiT):
+        def __init__(self, widths: tuple = (1, 2), **arguments):
+            super().__init__(**arguments)
+
+    monkeypatch.setitem(components.NETWORKS, "odd", Odd)
+    with pytest.raises(UserError, match="step_0000000.pt is not a valid checkpoint.*plain values"):
+        train("--steps", 4, "--network", "odd", "--out", "run")
+    assert not rows("run")
+
+
+def test_a_checkpoint_file_is_resumed_in_its_folder_or_branches_off(train, trained):
+    trained(*NINE, out="straight")
     shutil.copytree("straight", "run")
     with pytest.raises(UserError, match="later work"):
         train("--resume", "run/step_0000003.pt")
@@ -146,26 +237,28 @@ def test_a_checkpoint_file_is_resumed_in_its_folder_or_branches_off(train):
 
 @pytest.mark.parametrize("flag, value", [
     ("--log-every", 3), ("--preview-every", 4), ("--save-every", 2), ("--device", "cpu"),
-    ("--keep", 1), ("--grad-accum", 2),
+    ("--keep", 1), ("--grad-accum", 2), ("--data-dir", "elsewhere"),
 ])
-def test_what_may_change_on_resume(train, flag, value):
-    train("--steps", 8, "--out", "run", "--stop-after", 4)
+def test_what_may_change_on_resume(train, trained, flag, value):
+    trained("--steps", 8, "--stop-after", 4)
     assert train("--resume", "--out", "run", flag, value) == 0
     assert len(rows("run")) == 8
 
 
-def test_a_longer_schedule_is_said_and_changes_what_follows(train, capsys):
-    train("--steps", 8, "--out", "run")
+def test_a_longer_schedule_is_said_and_changes_what_follows(train, trained, capsys):
+    trained("--steps", 8)
+    capsys.readouterr()
     train("--resume", "--out", "run")
-    assert "is complete at step 8" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert out == "run is complete at step 8: a larger --steps continues it\n" and not err
     train("--resume", "--out", "run", "--steps", 12)
     assert "8 steps before, 12 now" in capsys.readouterr().out
     assert [r["step"] for r in rows("run")] == list(range(1, 13))
     assert rows("run")[8]["lr"] > rows("run")[7]["lr"]
 
 
-def test_fewer_steps_than_were_made_are_said(train, capsys):
-    train("--steps", 8, "--out", "run", "--stop-after", 4)
+def test_fewer_steps_than_were_made_are_said(train, trained, capsys):
+    trained("--steps", 8, "--stop-after", 4)
     assert train("--resume", "--out", "run", "--steps", 3) == 0
     assert "run is at step 4 already, beyond --steps 3" in capsys.readouterr().out
 
@@ -183,44 +276,44 @@ def test_a_folder_of_images_may_move_and_have_another_name(train):
     assert train("--resume", "--out", "run", "--dataset", "folder:elsewhere/beasts") == 0
     assert [r["loss"] for r in rows("run")] == [r["loss"] for r in rows("straight")]
     Image.new("L", (28, 28), 7).save("elsewhere/beasts/cat/0.png")
-    with pytest.raises(UserError, match="not the one of the checkpoint"):
+    with pytest.raises(UserError, match="data set is not the checkpoint's"):
         train("--resume", "--out", "run", "--steps", 8, "--dataset", "folder:elsewhere/beasts")
 
 
 @pytest.mark.parametrize("flag, value, old", [
     ("--lr", "0.5", "0.002"), ("--batch-size", "16", "8"), ("--seed", "3", "0"),
-    ("--model", "DiT-Nano/4", TINY), ("--prediction", "eps", "v"), ("--dataset", "mnist", "glyphs"),
+    ("--model", "DiT-Nano/4", TINY), ("--prediction", "eps", train_mnist.RECIPE["prediction"]),
+    ("--dataset", "mnist", "glyphs"), ("--weighting", "min-snr", "v"), ("--flip", None, "False"),
     ("--ema-decay", "0.5", "0.995"), ("--label-dropout", "0", "0.1"), ("--clip", "3", "1.0"),
-    ("--timesteps", "uniform", "logit-normal"),
+    ("--timesteps", "uniform", train_mnist.RECIPE["timesteps"]), ("--noise-mean", "-1.5", "0.8"),
     ("--optimizer", "adamw", "muon"), ("--precision", "fp32", "auto"),
     ("--image-size", "14", "None"),
 ])
-def test_anything_else_given_differently_is_refused_naming_both(train, flag, value, old):
-    train("--steps", 4, "--out", "run", "--stop-after", 2)
+def test_anything_else_given_differently_is_refused_naming_both(train, trained, flag, value, old):
+    trained("--steps", 4, "--stop-after", 2)
     before = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
     with pytest.raises(UserError) as caught:
-        train("--resume", "--out", "run", flag, value)
-    assert all(word in str(caught.value) for word in (flag, old, value))
+        train("--resume", "--out", "run", flag, *(() if value is None else (value,)))
+    assert all(word in str(caught.value) for word in (flag, old, value or "True"))
     assert {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()} == before
 
 
-def test_other_data_under_the_same_name_is_refused(train, monkeypatch):
-    train("--steps", 4, "--out", "run", "--stop-after", 2)
-    import data
+def test_other_data_under_the_same_name_is_refused(train, trained, monkeypatch):
+    trained("--steps", 4, "--stop-after", 2)
     draw = data.draw_glyphs
     monkeypatch.setattr(data, "draw_glyphs", lambda count, seed=0: draw(count, seed + 1))
-    with pytest.raises(UserError, match="not the one of the checkpoint"):
+    with pytest.raises(UserError, match="data set is not the checkpoint's"):
         train("--resume", "--out", "run")
 
 
 def test_nothing_to_resume(train):
-    with pytest.raises(UserError, match="no run to resume under output/"):
+    with pytest.raises(UserError, match="no run to resume in output: start one"):
         train("--resume")
     with pytest.raises(UserError, match="no run to resume in nowhere"):
         train("--resume", "--out", "nowhere")
     Path("notes").mkdir()
     Path("notes/metrics.txt").write_text("precious")
-    with pytest.raises(UserError, match="notes holds no run to resume"):
+    with pytest.raises(UserError, match="no run to resume in notes"):
         train("--resume", "--out", "notes")
     assert [p.name for p in Path("notes").iterdir()] == ["metrics.txt"]
 
@@ -235,23 +328,56 @@ def test_a_record_without_a_checkpoint_is_never_started_over(train, checkpoint):
 
 
 def test_what_else_resume_may_be_given_by_mistake(train, checkpoint):
-    with pytest.raises(UserError, match="run is a folder: --resume --out run goes on"):
+    with pytest.raises(UserError, match="run is a folder: --resume --out run continues"):
         train("--resume", "run")
     checkpoints.save(Path("shared.pt"), checkpoints.shared(load(checkpoint)))
-    with pytest.raises(UserError, match="'ema' alone.*--init-from shared.pt"):
+    with pytest.raises(UserError, match="the EMA weights alone.*--init-from shared.pt"):
         train("--resume", "shared.pt")
 
 
-def test_checkpoints_from_before_a_flag_was_there_are_resumed(train):
-    uniform = ("--timesteps", "uniform", "--steps", 4)      # then the only way
-    train(*uniform, "--out", "straight")
-    train(*uniform, "--out", "run", "--stop-after", 2)
-    path = Path("run/step_0000002.pt")
+def rewritten(path: Path, change) -> None:
     state = load(path)
-    del state["config"]["recipe"]["timesteps"]
+    change(state["config"])
     checkpoints.save(path, {k: v for k, v in state.items() if k != "format"})
+
+
+def test_checkpoints_from_before_a_flag_was_there_are_resumed(train, trained):
+    """The flag's value is then what was the only way: for some, not the default of today."""
+    flags = ("--timesteps", "uniform", "--prediction", "v", "--steps", 4)
+    trained(*flags, out="straight")
+    path = trained(*flags, "--stop-after", 2)
+
+    def as_it_was(config):
+        for key in ("timesteps", "weighting", "noise_mean", "noise_std", "flip", "network",
+                    "process"):
+            del config["recipe"][key]
+        del config["network"], config["process"], config["diffusion"]["weighting"]
+        config["prediction"] = config["diffusion"].pop("prediction")
+
+    rewritten(path, as_it_was)
     train("--resume", "--out", "run")
     assert same_run("straight", "run")
+
+
+def test_a_recipe_of_a_later_version_is_refused_in_one_line(train, trained):
+    rewritten(trained("--steps", 4, "--stop-after", 2),
+              lambda config: config["recipe"].update(temperature=0.3))
+    before = files("run")
+    with pytest.raises(UserError, match="settings that this version does not know: .*temperature"):
+        train("--resume", "--out", "run")
+    assert files("run") == before
+
+
+@pytest.mark.parametrize("key, value", [
+    ("steps", "many"), ("lr", [1]), ("flip", 3), ("model", "DiT-Z/2"), ("seed", True),
+    ("batch_size", -1), ("optimizer", "x\n" * 1000)])
+def test_a_recipe_that_nobody_could_have_typed_is_refused_in_one_line(train, trained, key, value):
+    rewritten(trained("--steps", 4, "--stop-after", 2),
+              lambda config: config["recipe"].update({key: value}))
+    before = files("run")
+    with pytest.raises(UserError, match="recorded recipe is not valid") as caught:
+        train("--resume", "--out", "run")
+    assert files("run") == before and len(str(caught.value)) < 300
 
 
 # ---------------------------------------------------------------- --init-from
@@ -261,7 +387,20 @@ def test_a_new_run_starts_from_the_weights_of_another(train, checkpoint, capsys)
     still = ("--steps", 1, "--lr", 0, "--muon-lr", 0)
     assert train(*still, "--init-from", checkpoint, "--out", "b") == 0
     assert tensors_equal(load("b/step_0000001.pt")["model"], load(checkpoint)["ema"])
-    assert "(all fit)" in capsys.readouterr().out
+    assert "(none: all fit)" in capsys.readouterr().out
+
+
+def test_the_checkpoint_that_ships_gives_its_weights_model_and_objective(train, monkeypatch):
+    """Its recipe lacks flags that there are by now."""
+    monkeypatch.setattr(train_mnist, "Preview", lambda *_: lambda *_: None)     # seconds
+    path = ROOT / "assets" / "mnist.pt"
+    shipped = checkpoints.load(path)
+    assert train_mnist.main(["--init-from", str(path), "--dataset", "glyphs", "--batch-size", "2",
+                             "--steps", "1", "--out", "b"]) == 0
+    new = load("b/step_0000000.pt")
+    assert tensors_equal(new["model"], {n: w.float() for n, w in shipped["ema"].items()})
+    assert new["config"]["model"] == shipped["config"]["model"]
+    assert new["config"]["diffusion"] == shipped["config"]["diffusion"]
 
 
 def test_weights_with_other_classes_fit_but_for_the_label_table(train, checkpoint, capsys):
@@ -320,7 +459,7 @@ def test_resume_touches_nothing_but_a_run_of_its_own(train, checkpoint):
         shutil.copy(checkpoint, Path("downloads", name))
     before = files("downloads") | files("busy")
     for name in ("ck.pt", "step_0000003.pt"):
-        with pytest.raises(UserError, match=f"{name} does not lie in a run's folder: --out"):
+        with pytest.raises(UserError, match=f"{name} is not in a run folder: --out"):
             train("--resume", f"downloads/{name}", "--steps", 5)
     with pytest.raises(UserError, match="busy is not empty"):
         train("--resume", checkpoint, "--steps", 5, "--out", "busy")
@@ -332,26 +471,19 @@ def test_resume_touches_nothing_but_a_run_of_its_own(train, checkpoint):
     assert Path("run/.vim.swap.tmp").exists() and not Path("run/.step_0000004.pt.77.tmp").exists()
 
 
-def test_a_config_without_a_checkpoint_is_no_run_of_ours(train):
+def test_a_config_that_is_not_of_a_run_is_left_alone(train):
     Path("web").mkdir()
     Path("web/config.json").write_text("precious")
-    with pytest.raises(UserError, match="web has a config but no checkpoint"):
+    with pytest.raises(UserError, match="web/config.json is not the configuration of a"):
         train("--resume", "--out", "web")
     assert Path("web/config.json").read_text() == "precious"
 
 
-def test_a_branch_can_be_resumed_from_its_first_moment(train, monkeypatch):
-    train("--steps", 9, "--out", "straight", "--save-every", 3)
-
-    def killed(*_):
-        raise RuntimeError("as if killed")
-
+def test_a_branch_can_be_resumed_from_its_first_moment(train, trained):
+    trained(*NINE, out="straight")
     with pytest.raises(UserError, match="--lr 3.0 differs"):
         train("--resume", "straight/step_0000003.pt", "--out", "branch", "--lr", 3)
-    with monkeypatch.context() as m:
-        m.setattr(train_mnist, "train", killed)
-        with pytest.raises(RuntimeError):
-            train("--resume", "straight/step_0000003.pt", "--out", "branch")
+    killed_in(train_mnist, "train", "--resume", "straight/step_0000003.pt", "--out", "branch")
     assert train("--resume", "--out", "branch") == 0
     assert same_run("straight", "branch")
 
@@ -371,9 +503,9 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_put_aside(train, checkpoint
     assert files("run") == before
 
 
-def test_a_run_that_was_evaluated_is_not_the_newest_for_that(train, capsys):
+def test_a_run_that_was_evaluated_is_not_the_newest_for_that(train, trained, capsys):
     for name in ("001-a", "002-b"):
-        train("--steps", 4, "--stop-after", 2, "--out", f"output/{name}")
+        trained("--steps", 4, "--stop-after", 2, out=f"output/{name}")
     for path in Path("output").glob("*/*"):
         os.utime(path, (1e9, 1e9 + int("002-b" in str(path))))
     Path("output/001-a/evaluations.jsonl").write_text("{}\n")
@@ -382,16 +514,16 @@ def test_a_run_that_was_evaluated_is_not_the_newest_for_that(train, capsys):
     assert "resuming output/002-b" in capsys.readouterr().out
 
 
-def test_the_command_to_go_on_names_the_device_that_was_given(train, capsys):
+def test_the_command_to_continue_names_the_device_that_was_given(train, capsys):
     train("--steps", 4, "--stop-after", 2, "--out", "run", "--device", "cpu")
     assert "--resume --out run --device cpu\n" in capsys.readouterr().out
     train("--steps", 4, "--stop-after", 2, "--out", "other")
     assert "--resume --out other\n" in capsys.readouterr().out
 
 
-def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_taken(train, capsys):
-    train("--steps", 9, "--out", "straight", "--save-every", 3)
-    train("--steps", 9, "--out", "run", "--save-every", 3)
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_taken(train, trained, capsys):
+    trained(*NINE, out="straight")
+    trained(*NINE)
     newest = Path("run/step_0000009.pt")
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -406,7 +538,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_taken(train, cap
 def test_with_every_checkpoint_damaged_nothing_is_started_over(train, checkpoint):
     for path in checkpoints_in(Path("run")):
         path.write_bytes(b"gone")
-    with pytest.raises(UserError, match="no checkpoint in run is whole"):
+    with pytest.raises(UserError, match="every checkpoint in run is damaged"):
         train("--resume", "--out", "run")
 
 
@@ -419,8 +551,9 @@ def test_two_processes_in_one_folder_are_refused_and_a_crash_leaves_no_lock(trai
     assert train("--resume", "--out", "run", "--steps", 5) == 0
 
 
-def test_a_full_disk_is_told_training_goes_on_and_the_last_checkpoint_is_intact(train, capsys):
-    train("--steps", 12, "--out", "straight", "--save-every", 3)
+def test_a_full_disk_is_told_training_continues_and_the_last_checkpoint_is_intact(
+        train, trained, capsys):
+    trained("--steps", 12, out="straight")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     honest = checkpoints.save
 
@@ -436,7 +569,7 @@ def test_a_full_disk_is_told_training_goes_on_and_the_last_checkpoint_is_intact(
         m.setattr(checkpoints, "save", save)
         assert train("--steps", 12, "--out", "run", "--save-every", 3) == 0
     err = capsys.readouterr().err
-    assert "step 6 cannot be saved" in err and "training goes on" in err
+    assert "step 6 cannot be saved" in err and "training continues" in err
     assert "the last checkpoint is run/step_0000003.pt" in err
     assert [p.name for p in checkpoints_in(Path("run"))] == [
         f"step_{k:07d}.pt" for k in (0, 3, 12)]
@@ -468,12 +601,13 @@ def test_a_folder_that_vanishes_is_told_and_made_again(train, monkeypatch, capsy
 
     monkeypatch.setattr(train_mnist, "update_ema", update_ema)
     assert train("--steps", 12, "--out", "run", "--log-every", 2, "--save-every", 8) == 0
-    assert "training goes on" in capsys.readouterr().err
+    assert "training continues" in capsys.readouterr().err
     assert load("run/step_0000012.pt")["step"] == 12
 
 
-def test_a_record_that_cannot_be_written_is_kept_until_it_can(train, monkeypatch, capsys):
-    train("--steps", 12, "--out", "straight", "--log-every", 2)
+def test_a_record_that_cannot_be_written_is_kept_until_it_can(
+        train, trained, monkeypatch, capsys):
+    trained("--steps", 12, out="straight")
     honest, count = train_mnist.update_ema, 0
 
     def update_ema(*args):          # a folder in the file's place, from step 3 to step 9
@@ -494,22 +628,23 @@ def test_a_record_that_cannot_be_written_is_kept_until_it_can(train, monkeypatch
     assert rows("run") == rows("straight")
 
 
-def test_half_a_row_is_never_left(train, monkeypatch, capsys):
-    train("--steps", 12, "--out", "straight", "--log-every", 2)
-    before, count, honest = resource.getrlimit(resource.RLIMIT_FSIZE), 0, Run._write_rows
+def test_half_a_row_is_never_left(train, trained, monkeypatch, capsys):
+    trained("--steps", 12, out="straight")
+    before, count, honest = resource.getrlimit(resource.RLIMIT_FSIZE), 0, train_mnist.update_ema
 
-    def write_rows(self):           # room for 30 bytes more
+    def update_ema(*args):          # room for 30 bytes more, from step 3 to step 5
         nonlocal count
         count += 1
-        if count == 2:
-            size = Path("run/metrics.jsonl").stat().st_size
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 30, before[1]))
-        honest(self)
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        text = Path("run/metrics.jsonl").read_text()
-        assert text.endswith("}\n") and text.count("{") == text.count("}")
+        path = Path("run/metrics.jsonl")
+        if count == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 30, before[1]))
+        elif count == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            text = path.read_text()
+            assert text.endswith("}\n") and text.count("{") == text.count("}") == 2
+        honest(*args)
 
-    monkeypatch.setattr(Run, "_write_rows", write_rows)
+    monkeypatch.setattr(train_mnist, "update_ema", update_ema)
     train("--steps", 12, "--out", "run", "--log-every", 2)
     assert "metrics.jsonl cannot be written" in capsys.readouterr().err
     assert rows("run") == rows("straight")
@@ -518,9 +653,10 @@ def test_half_a_row_is_never_left(train, monkeypatch, capsys):
 # ---------------------------------------------------------------- signals
 
 
-REAL = ("--dataset", "folder:pets", "--image-size", "28", "--model", "DiT-Nano/7", "--precision",
-        "fp32", "--batch-size", "4", "--save-every", "5", "--log-every", "3", "--preview-every",
-        "10", "--out", "run")
+REAL = ("--dataset", "folder:pets", "--image-size", "28", "--precision", "fp32", "--batch-size",
+        "4", "--save-every", "5", "--log-every", "3", "--preview-every", "10", "--steps", "100000",
+        "--out", "run")
+NANO = ("--model", "DiT-Nano/7")
 
 
 def pets(folder) -> None:
@@ -531,35 +667,41 @@ def pets(folder) -> None:
             Image.new("L", (28, 28), 10 * i).save(folder / "pets" / name / f"{i}.png")
 
 
-def started(folder, *flags):
+def started(start, folder, *flags):
     """A real run in its own process, after its first few steps."""
     pets(folder)
-    process = command("train_mnist.py", *REAL, *flags, cwd=folder)
+    process = start(*REAL, *flags, cwd=folder)
     deadline = time.time() + 120
-    while len(rows(folder / "run")) < 6:
+    while len(rows(folder / "run")) < 3:
         assert process.poll() is None and time.time() < deadline, process.communicate()
         time.sleep(0.02)
     return process
 
 
-@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_names_the_command_that_goes_on(tmp_path, signum, status):
-    process = started(tmp_path, "--steps", 100000)
+def script(*flags, cwd):
+    return command("train_mnist.py", *flags, cwd=cwd)
+
+
+@pytest.mark.parametrize("start, signum, status", [
+    (script, signal.SIGINT, 130), (Fork, signal.SIGTERM, 143)])
+def test_a_signal_saves_and_names_the_command_that_continues(train, tmp_path, start, signum,
+                                                             status):
+    process = started(start, tmp_path, *NANO)
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
     assert process.returncode == status and "Traceback" not in err
     stopped = int(re.search(r"stopped at step ([\d,]+)", out)[1].replace(",", ""))
-    assert "python train_mnist.py --resume --out run" in out
+    assert "to continue: python train_mnist.py --resume --out run" in out
     state = load(checkpoints_in(tmp_path / "run")[-1])
     assert state["step"] == stopped == len(rows(tmp_path / "run"))
-    again = command("train_mnist.py", "--resume", "--out", "run", "--stop-after", "2", cwd=tmp_path)
+    again = Fork("--resume", "--out", "run", "--stop-after", "2", cwd=tmp_path)
     out, err = again.communicate(timeout=60)
     assert again.returncode == 0, err
     assert [r["step"] for r in rows(tmp_path / "run")] == list(range(1, stopped + 3))
 
 
-def test_a_second_ctrl_c_stops_at_once_without_damage(tmp_path):
-    process = started(tmp_path, "--steps", 100000, "--batch-size", 200)      # slower steps
+def test_a_second_ctrl_c_stops_at_once_without_damage(train, tmp_path):
+    process = started(Fork, tmp_path, *NANO, "--batch-size", 200, "--log-every", 1)  # slow
     process.send_signal(signal.SIGINT)
     time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -596,15 +738,15 @@ def written(folder) -> dict:
     return found
 
 
-def kill_and_resume(folder, kills: int, seed: int) -> int:
+def kill_and_resume(start, folder, flags, kills: int, seed: int) -> int:
     """SIGKILL a real run at random moments, resuming it each time; returns the last step. No kill
-    may lose more than the work since the last checkpoint, and each must leave a whole one."""
+    may lose more than the work since the last checkpoint, and each must leave one that loads."""
     rng, run, last = random.Random(seed), folder / "run", -1
     pets(folder)
-    for kill in range(kills):
+    for _ in range(kills):
         before, deadline = written(run), time.time() + 120
-        flags = [*REAL, "--steps", "100000"] if kill == 0 else ["--out", "run", "--resume"]
-        process = command("train_mnist.py", *flags, cwd=folder)
+        process = start(*(["--resume", "--out", "run"] if is_run_folder(run) else flags),
+                        cwd=folder)
         while written(run) == before:               # python and torch are still being loaded
             assert process.poll() is None and time.time() < deadline, process.communicate()
             time.sleep(0.01)
@@ -614,7 +756,7 @@ def kill_and_resume(folder, kills: int, seed: int) -> int:
         steps = [load(path)["step"] for path in checkpoints_in(run)]
         assert max(steps, default=-1) >= last
         last = max(steps, default=-1)
-    process = command("train_mnist.py", "--resume", "--out", "run", "--stop-after", 3, cwd=folder)
+    process = start("--resume", "--out", "run", "--stop-after", 3, cwd=folder)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     state = load(checkpoints_in(run)[-1])
@@ -622,21 +764,22 @@ def kill_and_resume(folder, kills: int, seed: int) -> int:
     return state["step"]
 
 
-def equals_straight(folder, steps: int) -> bool:
+def equals_straight(start, folder, flags, steps: int) -> bool:
     """The killed and resumed run against one that ran straight to the same step."""
-    straight = command("train_mnist.py", *REAL[:-1], "straight", "--steps", "100000",
-                       "--stop-after", steps, cwd=folder)
-    _, err = straight.communicate(timeout=600)
+    straight = start(*flags, "--out", "straight", "--stop-after", steps, cwd=folder)
+    _, err = straight.communicate(timeout=1800)
     assert straight.returncode == 0, err
     return same_run(folder / "straight", folder / "run")
 
 
-def test_5_kills(tmp_path):
-    assert equals_straight(tmp_path, kill_and_resume(tmp_path, 5, seed=0))
+def test_2_kills(train, tmp_path):
+    flags = (*REAL, "--model", TINY)
+    assert equals_straight(Fork, tmp_path, flags, kill_and_resume(Fork, tmp_path, flags, 2, seed=0))
 
 
 @pytest.mark.long
 def test_100_kills(tmp_path):
-    steps = kill_and_resume(tmp_path, 100, seed=1)
-    assert equals_straight(tmp_path, steps)
+    flags = (*REAL, *NANO)
+    steps = kill_and_resume(script, tmp_path, flags, 100, seed=1)
+    assert equals_straight(script, tmp_path, flags, steps)
     print(f"100 SIGKILLs, 100 resumes: equal to a straight run of {steps} steps, bit for bit")
