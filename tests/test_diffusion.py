@@ -1,13 +1,14 @@
 """diffusion.py by equivalence: closed forms, brute force, and one route against another."""
 
 import inspect
+import runpy
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import command
+from conftest import ROOT
 from diffusion import PREDICTIONS, WEIGHTINGS, GaussianDiffusion, classifier_free_guidance
 from dit import DiT
 
@@ -643,11 +644,9 @@ def test_gaussian_data_follow_the_recursion_on_paper(kind, sampler, how, distanc
     assert variance / SD**2 - 1 == pytest.approx(distance, abs=1e-4)
 
 
-def test_running_the_file_checks_it(tmp_path):
-    process = command("diffusion.py", cwd=tmp_path)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and err == ""
-    lines = out.splitlines()
+def test_running_the_file_checks_it(capsys):
+    runpy.run_path(str(ROOT / "diffusion.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["eps", "v", "x0"]
     for line in lines[4:]:                                  # under the heading
         t, *printed = line.split()

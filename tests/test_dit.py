@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import runpy
 import zlib
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import dit
-from conftest import ROOT, command
+from conftest import ROOT
 from dit import MODELS, Attention, DiT, DiTBlock, LabelEmbedder, PatchEmbed, patchify, unpatchify
 
 PUBLISHED = json.loads((ROOT / "tests" / "published_outputs.json").read_text())
@@ -329,12 +330,10 @@ def test_registry_names_the_papers_models_and_small_ones():
         assert name.endswith(f"/{model.patch_size}")
 
 
-def test_running_the_file_prints_the_table_of_its_docstring(tmp_path):
-    process = command("dit.py", cwd=tmp_path)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+def test_running_the_file_prints_the_table_of_its_docstring(capsys):
+    runpy.run_path(str(ROOT / "dit.py"), run_name="__main__")
     shapes = ["(2, 1, 28, 28)", "(2, 49, 16)", "(2, 49, 128)", "(2, 128)", "(2, 49, 128)",
               "(2, 49, 16)", "(2, 1, 28, 28)"]
-    lines = out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     assert [line[line.index("("):] for line in lines[: len(shapes)]] == shapes
     assert "1,275,408 parameters" in lines[-1]

@@ -28,10 +28,11 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from conftest import command
+import sample
+import train_mnist
 from diffusion import classifier_free_guidance
 from support import checkpoints, data
-from support.cli import UserError, escape
+from support.cli import UserError, escape, run_command
 from test_checkpoints import MODEL, Trap, optimizers_of, same, some_state
 
 SMALL = {**MODEL, "depth": 1, "hidden_size": 8}
@@ -328,8 +329,9 @@ def test_the_bench_itself(bench):
 # ---------------------------------------------------------------- through the commands
 
 
-def test_the_commands_end_in_one_line(tmp_path):
-    """Exit status 2, one line on standard error, nothing of Python's."""
+def test_the_commands_end_in_one_line(tmp_path, capsys, monkeypatch):
+    """Exit status 2, one line on standard error, nothing of Python's, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
     state, trap = some_state(model=SMALL), tmp_path / "trapped"
     files = [tmp_path / f"{i}.pt" for i in range(3)]
     checkpoints.save(files[0], state)
@@ -339,13 +341,14 @@ def test_the_commands_end_in_one_line(tmp_path):
     checkpoints.save(files[1], {**state, "step": Trap(trap)})
     state["config"]["model"]["hidden_size"] = 2**19
     checkpoints.save(files[2], state)
-    started = [(file, command(script, *flags, file, "--device", "cpu", cwd=tmp_path))
-               for file, (script, *flags) in zip(files, [
-                   ("train_mnist.py", "--dataset", "glyphs", "--resume"), ("sample.py",),
-                   ("train_mnist.py", "--dataset", "glyphs", "--out", "new", "--init-from")],
-                   strict=True)]
-    for file, process in started:
-        out, said = process.communicate(timeout=100)
-        assert process.returncode == 2 and len(said.splitlines()) == 1, said
-        assert said.startswith("error: ") and file.name in said and out == "", said
-    assert not trap.exists() and set(tmp_path.iterdir()) == set(files)
+    commands = [(sample.main,), (train_mnist.main, "--out", "new", "--init-from"),
+                (train_mnist.main, "--out", "new", "--resume")]
+    for file in files:
+        for main, *flags in commands:
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as ended:
+                run_command(lambda: main([*flags, str(file), "--device", "cpu"]))   # noqa: B023
+            out, said = capsys.readouterr()
+            assert ended.value.code == 2 and len(said.splitlines()) == 1, said
+            assert said.startswith("error: ") and file.name in said and out == "", said
+    assert set(tmp_path.iterdir()) == set(files)
