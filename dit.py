@@ -211,6 +211,8 @@ class DiT(nn.Module):
     Raises ValueError for sizes that do not fit together; `forward` asserts the shape of x.
     """
 
+    block, final = DiTBlock, FinalLayer         # variants/ has others
+
     def __init__(
         self,
         input_size: int = 28,
@@ -240,9 +242,9 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
+            self.block(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
         )
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.final_layer = self.final(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -259,22 +261,25 @@ class DiT(nn.Module):
         nn.init.zeros_(self.x_embedder.proj.bias)
         for layer in (self.y_embedder.embedding_table, *self.t_embedder.mlp[::2]):
             nn.init.normal_(layer.weight, std=0.02)
-        for layer in [b.adaLN_modulation[-1] for b in self.blocks] + [
-            self.final_layer.adaLN_modulation[-1], self.final_layer.linear
-        ]:
+        for layer in [m.adaLN_modulation[-1] for m in self.modules()
+                      if hasattr(m, "adaLN_modulation")] + [self.final_layer.linear]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
         return self.t_embedder(t) + self.y_embedder(y)              # (B, D)
 
+    def transform(self, x: Tensor, c: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, c)
+        return x
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         assert x.shape[1:] == (self.in_channels, self.input_size, self.input_size), x.shape
         x = patchify(x, self.patch_size)                            # (B, N, p*p*C)
         x = self.x_embedder(x) + self.pos_embed                     # (B, N, D)
         c = self.condition(t, y)                                    # (B, D)
-        for block in self.blocks:
-            x = block(x, c)                                         # (B, N, D)
+        x = self.transform(x, c)                                    # (B, N, D)
         with torch.autocast(x.device.type, enabled=False):          # the output stays float32
             x = self.final_layer(x.float(), c.float())              # (B, N, p*p*C_out)
         return unpatchify(x, self.patch_size, self.out_channels)    # (B, C_out, H, H)

@@ -118,13 +118,10 @@ def main(argv: list[str] | None = None) -> int:
     args = run.args
 
     images = run.load_images()                                  # (N, C, H, H), uint8, and labels
-    network = components.network_class(args.network)            # DiT
-    model_args = components.arguments_for(network, dict(
+    network, model_args = components.network_for(args, dict(    # DiT
         MODELS[args.model], input_size=images.images.shape[-1],
         in_channels=images.images.shape[1], num_classes=len(images.class_names)))
-    process = components.process_class(args.process)            # GaussianDiffusion
-    diffusion_args = components.arguments_for(process, dict(
-        DIFFUSION, prediction=args.prediction, weighting=args.weighting))
+    process, diffusion_args = components.process_for(args, DIFFUSION)       # GaussianDiffusion
 
     model = run.build(network, args.model, model_args)          # on the device, weights from --seed
     diffusion = process(**diffusion_args).to(run.device)
@@ -133,8 +130,9 @@ def main(argv: list[str] | None = None) -> int:
                       run.share)
 
     config = dict(network=args.network, model=model_args, process=args.process,
-                  diffusion=diffusion_args, sampling=SAMPLING)
-    run.begin(state, config, images.class_names, Preview(state.ema, diffusion, SAMPLING, args.seed))
+                  diffusion=diffusion_args, sampling=components.sampling_for(diffusion, SAMPLING))
+    preview = Preview(state.ema, diffusion, config["sampling"], args.seed)
+    run.begin(state, config, images.class_names, preview)
     train(batches, state, diffusion, run)
     return run.finish()
 

@@ -1,7 +1,8 @@
 """What a network and a process must offer, and the registry of both.
 
 Training, sampling, evaluation and checkpoints know nothing else about them. So another network or
-process takes the place of `dit.DiT` or `diffusion.GaussianDiffusion` by an entry in the registry.
+process takes the place of `dit.DiT` or `diffusion.GaussianDiffusion` by an entry in the registry,
+which variants/ completes (docs/variants.md).
 
 A network is a torch.nn.Module:
     __init__(input_size, in_channels, num_classes, ...)     further arguments: int, float (below a
@@ -14,18 +15,23 @@ A process is a class:
     __init__(...)                                           arguments as above, all with defaults
     num_timesteps, prediction, samplers                     attributes; samplers: name -> generator
                                                             function (predict, xT, noise, options)
-                                                            that yields (t, xt, x0_hat)
+                                                            that yields (t, xt, x0_hat). The first
+                                                            one takes `steps`
     to(device) -> itself
     q_sample(x0, t, eps) -> xt                              for figures
     loss(model, x0, t, y, eps) -> (B,)
     loss_in_eps(loss, t) -> (B,)                            for logs
     t_from_uniform(u) -> t                                  for training: u (B,) in [0, 1)
+    t_from_noise_level(level) -> t                          for `--timesteps log-normal`
     denoise(predict, xt, t, clip) -> (x0_hat, eps_hat)      for figures
+    network_arguments                                       optional: a dict of what it asks of the
+                                                            network's constructor
 
 Constructor arguments are what a checkpoint stores: the keys that it may hold follow from the
 signature, and one that it lacks takes its default.
 """
 
+import contextlib
 import importlib
 import inspect
 
@@ -35,6 +41,13 @@ from support.cli import UserError, shorten
 
 NETWORKS: dict[str, str | type] = {"dit": "dit:DiT"}
 PROCESSES: dict[str, str | type] = {"ddpm": "diffusion:GaussianDiffusion"}
+FLAGS: dict[str, tuple[type, float, float, str]] = {}   # kind, least, greatest, help
+
+with contextlib.suppress(ImportError):      # the lesson does without variants/
+    from variants import FLAGS as MORE_FLAGS, NETWORKS as MORE_NETWORKS, PROCESSES as MORE_PROCESSES
+    NETWORKS |= MORE_NETWORKS
+    PROCESSES |= MORE_PROCESSES
+    FLAGS |= MORE_FLAGS
 
 
 def network_class(name: str) -> type[nn.Module]:
@@ -75,6 +88,40 @@ def arguments_for(cls: type, offered: dict) -> dict:
     the defaults of the rest."""
     return {name: offered.get(name, p.default) for name, p in arguments(cls).items()
             if name in offered or p.default is not p.empty}
+
+
+def network_for(args, sizes: dict) -> tuple[type[nn.Module], dict]:
+    """The class that --network names and all its arguments: sizes, what the process asks for, and
+    the flags of variants. Raises UserError where a flag or the process does not go with it."""
+    network, process = network_class(args.network), process_class(args.process)
+    asked = getattr(process, "network_arguments", {})
+    if missing := [name for name in asked if name not in arguments(network)]:
+        raise UserError(f"--process {args.process} needs a network with the argument "
+                        f"{', '.join(missing)}, which --network {args.network} lacks")
+    for name in _variant_flags(args):
+        if name not in arguments(network) | arguments(process):
+            raise UserError(f"--{name.replace('_', '-')} does not apply to --network "
+                            f"{args.network} and --process {args.process}")
+    return network, arguments_for(network, {**sizes, **asked, **_variant_flags(args)})
+
+
+def process_for(args, schedule: dict) -> tuple[type, dict]:
+    """The class that --process names and all its arguments: the schedule, --prediction,
+    --weighting, and the flags of variants."""
+    process = process_class(args.process)
+    return process, arguments_for(process, dict(
+        schedule, prediction=args.prediction, weighting=args.weighting, **_variant_flags(args)))
+
+
+def _variant_flags(args) -> dict:
+    return {name: value for name in FLAGS if (value := getattr(args, name, None)) is not None}
+
+
+def sampling_for(process, sampling: dict) -> dict:
+    """Defaults of sampling that a process has: its first sampler where it lacks the usual one."""
+    sampler = sampling["sampler"]
+    return dict(sampling, sampler=sampler if sampler in process.samplers else
+                next(iter(process.samplers)), steps=min(sampling["steps"], process.num_timesteps))
 
 
 def check_arguments(cls: type, given: dict) -> dict:

@@ -13,7 +13,7 @@ TIMESTEPS = ("uniform", "log-normal", "logit-normal")
 # Defaults of what is not part of the recipe: data, and how and where a run is computed.
 DEFAULTS = dict(dataset="mnist", data_dir=None, image_size=None, flip=False, network="dit",
                 process="ddpm", weighting=None, grad_accum=1, precision="auto", compile=False,
-                seed=0, keep=3)
+                seed=0, keep=3, **dict.fromkeys(components.FLAGS))
 # The values of checkpoints from before there was a flag for them.
 BEFORE = dict(timesteps="uniform", weighting="plain")
 # What a resumed run may change: nothing that changes what a step computes.
@@ -114,10 +114,12 @@ class Settings:
         g = p.add_argument_group("model and objective")
         add(g, "--model", "a name of dit.MODELS: size / patch side in pixels", choices=MODELS,
             metavar="NAME")
-        add(g, "--network", "the network: a name of support/components.py",
+        add(g, "--network", "the network; docs/variants.md describes the others",
             choices=components.NETWORKS)
-        add(g, "--process", "the diffusion process: a name of support/components.py",
+        add(g, "--process", "the diffusion process; docs/variants.md describes the others",
             choices=components.PROCESSES)
+        for name, (kind, least, greatest, text) in components.FLAGS.items():
+            add(g, f"--{name.replace('_', '-')}", text, type=number(kind, least, greatest))
         add(g, "--prediction", "what the output means: eps, v or x0", choices=PREDICTIONS)
         add(g, "--weighting", "of the errors at different t: plain, v (as errors in v) or min-snr "
             "(default: v for x0, plain for eps and v)", choices=WEIGHTINGS)

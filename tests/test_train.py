@@ -271,7 +271,8 @@ KEEPS = {       # flags that do not
     "log_every": 2, "preview_every": 2, "save_every": 1, "keep": 1, "data_dir": "elsewhere",
     "stop_after": 4, "device": "cpu", "ema_decay": 0.5, "out": "run2",
 }
-ELSEWHERE = {"help", "dataset", "steps", "resume", "init_from", "grad_accum", "compile"}
+ELSEWHERE = {"help", "dataset", "steps", "resume", "init_from", "grad_accum", "compile",
+             "registers"}         # tests/test_variants.py
 
 
 def test_every_flag_is_in_a_test():

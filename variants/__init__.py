@@ -1,0 +1,20 @@
+"""Networks and processes beside the lesson's, each in one file: docs/variants.md.
+
+support/components.py adds these names to its own. Nothing is imported before its name is given, by
+a flag or by a checkpoint, and the lesson's four files never import a variant.
+"""
+
+NETWORKS = {            # --network NAME: "module:class"
+    "in-context": "variants.in_context:InContextDiT",
+    "cross-attention": "variants.cross_attention:CrossAttentionDiT",
+    "adaln": "variants.adaln:AdaLNDiT",
+    "registers": "variants.registers:RegisterDiT",
+    "modern": "variants.modern:ModernDiT",
+}
+PROCESSES = {           # --process NAME
+    "learned-variance": "variants.learned_variance:LearnedVariance",
+    "rectified-flow": "variants.rectified_flow:RectifiedFlow",
+}
+FLAGS = {               # a constructor's argument: its flag's type, least and greatest value, help
+    "registers": (int, 0, 1024, "of --network registers: tokens beside the image's (default: 4)"),
+}
