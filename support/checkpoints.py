@@ -175,10 +175,11 @@ def load(path: Path, full: bool = False) -> dict:
 
     full: it must also hold model, opt and scaler. Raises UserError naming what is wrong.
     """
-    return _validate(read_archive(path), path, full)
+    return validate(read_archive(path), path, full)
 
 
-def _validate(state: object, path: Path, full: bool) -> dict:
+def validate(state: object, path: Path, full: bool = False) -> dict:
+    """What `load` does with the content of a file."""
     name = path
     if not isinstance(state, dict) or not isinstance(state.get("format"), str):
         raise UserError(f"{name} is not a checkpoint of this project (weights of the published "
@@ -363,4 +364,4 @@ def read_any(path: Path) -> object:
     """What `--init-from` accepts: a checkpoint of this project, validated, or any archive."""
     content = read_archive(path)
     ours = isinstance(content, dict) and content.get("format") == FORMAT
-    return _validate(content, path, full=False) if ours else content
+    return validate(content, path, full=False) if ours else content

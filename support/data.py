@@ -3,6 +3,7 @@
     mnist, fashion_mnist, cifar10    through torchvision, from --data-dir or downloaded
     folder:PATH                      PATH/<class name>/<images of any size>
     glyphs                           digits drawn with Pillow's built-in font, without a download
+    latents:FILE                     latents of an autoencoder (support/latents.py)
 
 The training loop uses `x0, y = batches(step)`.
 """
@@ -17,7 +18,7 @@ import struct
 import threading
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,16 +58,16 @@ class ImageSet:
         """The set on `device`, or unchanged if it would fill over half of the GPU's free memory."""
         if device.type == "cuda" and self.images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
             return self
-        return ImageSet(self.images.to(device), self.labels.to(device), self.class_names, self.name)
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def batch(self, index: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """x0 float32 (B, C, H, H) in [-1, 1] and y int64 (B,), on `device`, for index (B,)."""
         index = index.to(self.images.device)
-        x0 = _copy(self.images[index], device).float() / 127.5 - 1
-        return x0, _copy(self.labels[index], device)
+        x0 = to_device(self.images[index], device).float() / 127.5 - 1
+        return x0, to_device(self.labels[index], device)
 
 
-def _copy(x: Tensor, device: torch.device) -> Tensor:
+def to_device(x: Tensor, device: torch.device) -> Tensor:
     """x on `device`. From CPU to GPU asynchronously, through pinned memory."""
     if x.device.type == "cpu" and device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
@@ -93,7 +94,7 @@ class Batches:
             rng = generator("cpu", self.seed, "epoch", epoch)
             order = torch.randperm(len(self.images.images), generator=rng)
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = _copy(order, self.images.images.device)
+            self._orders[epoch] = to_device(order, self.images.images.device)
         return self._orders[epoch]
 
     def index(self, step: int) -> Tensor:
@@ -110,7 +111,7 @@ class Batches:
         if self.flip:       # decided for the global batch: the same for any number of processes
             rng = generator("cpu", self.seed, "flip", step)
             mirrored = torch.rand(self.batch_size, generator=rng)[self.share] < 0.5
-            mirrored = _copy(mirrored.view(-1, 1, 1, 1), self.device)
+            mirrored = to_device(mirrored.view(-1, 1, 1, 1), self.device)
             x0 = torch.where(mirrored, x0.flip(-1), x0)
         return x0, y
 
@@ -139,9 +140,13 @@ def load(spec: str, data_dir: str | Path | None = None, image_size: int | None =
     if spec.startswith("folder:"):
         root = Path(os.path.expanduser(spec.removeprefix("folder:")))
         return load_folder(root, image_size or 32, split)
+    if spec.startswith("latents:"):
+        from support.latents import load_latents        # which imports this module
+        return load_latents(Path(os.path.expanduser(spec.removeprefix("latents:"))), image_size,
+                            split)
     if spec not in NAMES:
-        raise UserError(f"data set {shorten(spec)} is unknown: choose one of {', '.join(NAMES)} "
-                        f"or folder:PATH")
+        raise UserError(f"data set {shorten(spec)} is unknown: choose one of {', '.join(NAMES)}, "
+                        f"folder:PATH or latents:FILE")
     if spec == "glyphs":
         found = draw_glyphs(20_000 if split == "train" else 2_000, seed=mix_seed(seed, split))
     else:
@@ -294,9 +299,9 @@ def load_folder(root: Path, image_size: int, split: str) -> ImageSet:
     The shorter side is resized to image_size and the longer one cropped at the centre. Hidden
     files and folders are ignored.
     """
-    classes, files, labels, small = _class_folders(root), [], [], []
+    classes, files, labels, small = class_folders(root), [], [], []
     for label, folder in enumerate(classes):
-        found = _images_in(folder)
+        found = images_in(folder)
         kept = [f for i, f in enumerate(found) if (i % 10 == 9) == (split == "test")]
         files += kept
         labels += [label] * len(kept)
@@ -310,7 +315,7 @@ def load_folder(root: Path, image_size: int, split: str) -> ImageSet:
         warnings.simplefilter("ignore")         # Pillow warns of odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for i, file in enumerate(bar):
-            images[i], (width, height) = _open(file, image_size)
+            images[i], (width, height) = open_image(file, image_size)
             grey = grey and bool((images[i, 0] == images[i, 1:]).all())
             if min(width, height) < image_size:
                 small.append(f"{file} ({width}x{height} pixels)")
@@ -322,7 +327,7 @@ def load_folder(root: Path, image_size: int, split: str) -> ImageSet:
                     f"folder:{root.resolve().name}")
 
 
-def _class_folders(root: Path) -> list[Path]:
+def class_folders(root: Path) -> list[Path]:
     if not os.path.isdir(root):
         raise UserError(f"{shorten(root)} is not a folder: folder:PATH needs "
                         f"PATH/<class name>/<images>")
@@ -337,7 +342,7 @@ def _class_folders(root: Path) -> list[Path]:
     return classes
 
 
-def _images_in(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
     """The images of a class, including those in subfolders (links to folders are not followed)."""
     def refuse(error: OSError):
         raise UserError(f"{error.filename} cannot be read: {reason(error)}")
@@ -352,7 +357,7 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _open(path: Path, image_size: int) -> tuple[np.ndarray, tuple[int, int]]:
+def open_image(path: Path, image_size: int) -> tuple[np.ndarray, tuple[int, int]]:
     """One image, RGB uint8 (3, image_size, image_size), and its (width, height) in the file."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a file")        # opening a pipe would block

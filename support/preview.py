@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from diffusion import classifier_free_guidance
+from support import latents
 from support.data import to_uint8
 from support.pictures import grid, save_picture
 from support.seeds import generator
@@ -22,12 +23,15 @@ class Preview:
         self.y = torch.arange(classes, device=device).repeat_interleave(columns)
         self.ema, self.diffusion, self.sampling = ema, diffusion, sampling
         self.columns, self.steps = columns, steps
+        self.latents = False            # not images: neither clipped nor shown as they are
 
     def __call__(self, path: Path, step: int, stopped: Callable[[], int]) -> None:
         predict = classifier_free_guidance(self.ema, self.y, self.sampling["cfg_scale"])
         sampler = self.diffusion.samplers[self.sampling["sampler"]]
         xt = self.xT
-        for _t, xt, _x0_hat in sampler(predict, self.xT, steps=self.steps):     # noqa: B007
+        options = latents.unclipped(sampler) if self.latents else {}
+        for _t, xt, _x0_hat in sampler(predict, self.xT, steps=self.steps, **options):  # noqa: B007
             if stopped():
                 return
-        save_picture(path, grid(to_uint8(xt), self.columns))
+        save_picture(path, grid(to_uint8(latents.preview(xt) if self.latents else xt),
+                                self.columns))

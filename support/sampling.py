@@ -49,10 +49,14 @@ def parse_label(label: str | int, class_names: list[str]) -> int:
 
 
 def resolve_sampling(checkpoint, cfg_scale: float | None = None, steps: int | None = None,
-                     sampler: str | None = None, eta: float | None = None) -> dict:
+                     sampler: str | None = None, eta: float | None = None,
+                     latents: bool = False) -> dict:
     """sampler, steps, eta, cfg_scale: the values given, else those that the checkpoint suggests;
     and `options`, the arguments of that sampler. Raises UserError where they do not go together."""
     process, suggested = checkpoint.diffusion, checkpoint.sampling
+    if suggested.get("latents") and not latents:
+        raise UserError(f"{checkpoint.path} makes latents, not images: python -m tools.latents "
+                        f"sample decodes them")
     sampler = sampler or suggested["sampler"]
     if sampler not in process.samplers:
         raise UserError(f"--sampler {sampler}: this model has {', '.join(process.samplers)}")

@@ -104,7 +104,8 @@ class Settings:
         add(g, "--seed", "seed of the weights, the order of the data, the noise", type=SEED)
         add(g, "--device", "cuda, mps or cpu (default: the fastest available)")
         g = p.add_argument_group("data")
-        add(g, "--dataset", "mnist, fashion_mnist, cifar10, glyphs or folder:PATH")
+        add(g, "--dataset", "mnist, fashion_mnist, cifar10, glyphs, folder:PATH or "
+            "latents:FILE (docs/interchange.md)")
         add(g, "--data-dir", "where the data set is, or is downloaded to (default: data/ beside "
             "train_mnist.py)", metavar="DIR")
         add(g, "--image-size", "side of the images in pixels (default: the data set's; 32 for "
@@ -156,9 +157,9 @@ class Settings:
 
 
 def _same(key: str, value, recorded) -> bool:
-    """A folder of images may have moved or been renamed: its digest is compared later."""
-    return value == recorded or (key == "dataset" and value.startswith("folder:")
-                                 and str(recorded).startswith("folder:"))
+    """The user's own data may have moved or been renamed: its digest is compared later."""
+    return value == recorded or (key == "dataset" and value.startswith(("folder:", "latents:"))
+                                 and str(recorded).startswith(value.partition(":")[0] + ":"))
 
 
 def to_record(args: argparse.Namespace) -> dict:
