@@ -74,7 +74,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         status = main() or 0
     except UserError as error:
         if rank > 0:
-            time.sleep(2)       # where all ranks meet the same error, torchrun shows rank 0's first
+            time.sleep(5)       # where all ranks meet the same error, torchrun shows rank 0's first
         message, status = str(error), error.status
     except torch.OutOfMemoryError:
         message = "out of GPU memory: a smaller --batch-size or fewer images need less"
