@@ -12,7 +12,7 @@ from PIL import Image
 from dit import DiT
 from support import checkpoints, data, paths
 from support.cli import UserError
-from tools import evaluate
+from tools import evaluate, export
 from tools import ruler as rulers
 
 MNIST = next((p for p in (Path(os.environ.get("MNIST_DIR", "data")), Path("data"))
@@ -384,10 +384,19 @@ def test_a_checkpoint_is_sampled_and_measured(checkpoint, world, tmp_path, capfd
     assert rows["samples"]["std"]["frechet"] == pytest.approx(abs(pair[0] - pair[1]) / 2**0.5)
     single = run(tmp_path, str(checkpoint.parent), "--images", "30", "--seed", "1",
                  "--batch-size", "7")
-    assert single["rows"]["samples"]["seeds"][0]["frechet"] == pytest.approx(pair[1], rel=1e-4)
+    for metric, value in single["rows"]["samples"]["mean"].items():
+        assert rows["samples"]["seeds"][1][metric] == pytest.approx(value, rel=1e-4), metric
     lines = (checkpoint.parent / "evaluations.jsonl").read_text().splitlines()
     kept = [json.loads(line) for line in lines]
     assert [k["seeds"] for k in kept] == [[0, 1], [1]] and kept[0]["rows"] == rows
+
+
+def test_an_exported_folder_is_a_checkpoint(checkpoint, world, tmp_path):
+    pytest.importorskip("safetensors")
+    folder = tmp_path / "exported"
+    assert export.main([str(checkpoint), str(folder), "--to", "safetensors"]) == 0
+    found = run(tmp_path, str(folder), "--images", "10", "--dataset", f"folder:{world / 'glyphs'}")
+    assert found["step"] == 7 and not (folder / "evaluations.jsonl").exists()
 
 
 def test_samples_are_balanced_and_flags_reach_the_sampler(checkpoint, world, monkeypatch):

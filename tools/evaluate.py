@@ -32,7 +32,7 @@ from support import checkpoints, data, distributed, paths
 from support.cli import (
     COUNT, SEED, SIDE, Parser, UserError, atomic_write, check_target, io_errors, number, reason,
     run_command, say, warn)
-from support.folders import checkpoints_in, find_checkpoint, is_run_folder
+from support.folders import EXPORTED, checkpoints_in, find_checkpoint, is_run_folder
 from support.sampling import add_sampling_flags, parse_label, resolve_sampling
 from support.seeds import generator
 from tools import ruler as rulers
@@ -395,7 +395,8 @@ def main(argv: list[str] | None = None) -> int:
     path = Path(args.images_from) if args.images_from else find_checkpoint(None)
     if not os.path.exists(path):
         raise UserError(f"{path} does not exist")
-    files = path.suffix.lower() == ".npz" or (os.path.isdir(path) and not checkpoints_in(path))
+    files = path.suffix.lower() == ".npz" or (os.path.isdir(path) and not checkpoints_in(path)
+                                              and not (path / EXPORTED).is_file())
     if files and os.path.isdir(path) and any(map(checkpoints_in, path.glob("*/"))):
         raise UserError(f"{path} is a folder of runs: name one of them")
     if files:
