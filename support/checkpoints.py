@@ -269,7 +269,8 @@ def _check_weights(weights: dict, config: dict, key: str) -> None:
     _require(model.get("depth", 0) in (0, len(blocks)),
              f"config claims {model.get('depth')} blocks, {key} has {len(blocks)}")
     try:
-        with torch.device("meta"):
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
             wanted = components.network_class(config["network"])(**model).state_dict()
     except Exception as error:      # any combination of sizes may come from a damaged file
         raise _Invalid(f"config['model']: {shorten(error)}") from None

@@ -95,7 +95,7 @@ def test_an_image_depends_on_the_seed_its_place_and_its_label_alone(lively):
 def test_what_is_not_given_is_the_checkpoints(lively):
     checkpoint = load(lively)
     default = generate(checkpoint, [3, 1])
-    given = dict(steps=50, cfg_scale=checkpoint.sampling["cfg_scale"], sampler="ddim", eta=0.0)
+    given = dict(checkpoint.sampling)               # steps, cfg_scale, sampler, eta
     assert torch.equal(generate(checkpoint, [3, 1], **given), default)
     for change in (dict(steps=5), dict(cfg_scale=0), dict(eta=1.0), dict(sampler="ddpm"),
                    dict(cfg_scale=-1.5)):

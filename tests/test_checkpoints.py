@@ -556,7 +556,7 @@ OLDER_RECIPE = (
     "weight_decay", "clip", "label_dropout", "grad_accum", "precision", "compile", "seed", "keep",
     "model", "steps", "batch_size", "ema_decay", "warmup", "log_every", "preview_every",
     "save_every")
-PLAIN = ("--prediction", "v", "--timesteps", "uniform", "--weighting", "plain")
+PLAIN = ("--prediction", "eps", "--timesteps", "uniform", "--weighting", "plain")
 
 
 def as_older(path: Path) -> Path:
@@ -582,7 +582,7 @@ def test_an_older_checkpoint_loads_samples_and_resumes(trained, train, capsys):
     (older.parent / "step_0000006.pt").unlink()
     state = checkpoints.load(older, full=True)
     assert (state["config"]["network"], state["config"]["process"]) == ("dit", "ddpm")
-    assert state["config"]["diffusion"]["prediction"] == "v"
+    assert state["config"]["diffusion"]["prediction"] == "eps"
     assert state["config"]["diffusion"]["weighting"] == "plain"
     assert sample.main([str(older), "--steps", "2", "--out", "a.png"]) == 0
     assert sample.main([str(older), "--steps", "2", "--weights", "model", "--out", "b.png"]) == 0
