@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffusion import PREDICTIONS, WEIGHTINGS
 from dit import MODELS
-from support import components, distributed, paths
+from support import components, distributed
 from support.cli import BATCH, COUNT, SEED, SIDE, Parser, UserError, number, shorten
 
 TIMESTEPS = ("uniform", "log-normal", "logit-normal")
@@ -54,7 +54,6 @@ class Settings:
         values.update({k: v for k, v in given.items() if k not in ("resume", "init_from")})
         if values["weighting"] is None:
             values["weighting"] = "v" if values["prediction"] == "x0" else "plain"
-        values["data_dir"] = str(values["data_dir"] or paths.DATA)
         return argparse.Namespace(**values)
 
     def checked(self, recorded: dict) -> dict:

@@ -453,6 +453,7 @@ def test_a_run_describes_itself(train, checkpoint, capsys):
     assert (config["network"], config["process"]) == ("dit", "ddpm")
     assert config["diffusion"]["prediction"] == config["recipe"]["prediction"]
     assert config["recipe"]["model"] == TINY and config["sampling"]["sampler"] == "ddim"
+    assert config["recipe"]["data_dir"] is None         # the repository's, wherever that moves
     rows = read_metrics(Path("run/metrics.jsonl"))
     assert [r["step"] for r in rows] == [1, 2, 3]
     assert set(rows[0]) == {"step", "loss", "loss_eps", "grad_norm", "lr"}
