@@ -76,10 +76,12 @@ def training_state(model, optimizers, precision) -> TrainingState:
 
 
 def scaled_gradients(values: list[float]) -> TrainingState:
-    """fp16, and one parameter with a gradient for each of two optimizers."""
-    model = torch.nn.ParameterList(torch.nn.Parameter(torch.ones(2)) for _ in values)
-    state = training_state(model, [torch.optim.AdamW([p], lr=0.1) for p in model], "fp16")
-    total = sum((p * value).sum() for p, value in zip(model, values, strict=True))
+    """fp16, with a gradient for the weight of AdamW's and for that of Muon's."""
+    model = torch.nn.ModuleDict({"head": torch.nn.Linear(2, 2, bias=False),
+                                 "blocks": torch.nn.Linear(2, 2, bias=False)})
+    args = SETTINGS.resolve({"weight_decay": 0.1}, "cpu")
+    state = training_state(model, make_optimizers(model, args), "fp16")
+    total = sum((p * value).sum() for p, value in zip(model.parameters(), values, strict=True))
     state.scaler.scale(total).backward()
     return state
 
@@ -90,13 +92,18 @@ def test_an_overflow_in_one_optimizer_stops_the_step_of_both(bad, place):
     values = [1.0, 1.0]
     values[place] = bad
     state = scaled_gradients(values)
-    scale = state.scaler.get_scale()
+    before, scale = [p.clone() for p in state.model.parameters()], state.scaler.get_scale()
     state.update(1.0, 1.0)
-    assert all(torch.equal(p, torch.ones(2)) and p.grad is None for p in state.model)
+    assert len(state.optimizers) == 2 and tensors_equal(list(state.model.parameters()), before)
+    assert all(p.grad is None for p in state.model.parameters())
+    for moment in (m for opt in state.optimizers for s in opt.state.values() for m in s.values()):
+        assert not moment.any()
     assert state.scaler.get_scale() == scale / 2                    # tried again with half of it
     state = scaled_gradients([1.0, 1.0])
+    before = [p.clone() for p in state.model.parameters()]
     state.update(1.0, 1.0)
-    assert all((p < 1).all() for p in state.model) and state.scaler.get_scale() == scale
+    assert not any(map(torch.equal, state.model.parameters(), before))
+    assert state.scaler.get_scale() == scale
 
 
 @pytest.mark.parametrize("clip, left", [(0.0, 5.0), (1.0, 1.0), (10.0, 5.0)])
@@ -437,7 +444,8 @@ def test_help_names_every_default(capsys):
     in_words = {"image_size": "the data set's; 32", "compile": "off", "flip": "off",
                 "data_dir": "data/ beside", "weighting": "v for x0, plain for eps and v"}
     gpu, cpu = SETTINGS.defaults("cuda"), SETTINGS.defaults("cpu")
-    for key in gpu:
+    assert all("(default: " in told[key] for key in components.FLAGS)       # their networks' own
+    for key in set(gpu) - set(components.FLAGS):
         default = gpu[key] if gpu[key] == cpu[key] else f"{gpu[key]} on a GPU, {cpu[key]} on a CPU"
         assert f"(default: {in_words.get(key, default)}" in told[key], key
 
