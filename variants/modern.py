@@ -42,7 +42,7 @@ class ModernAttention(Attention):
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)           # each (B, heads, N, D/heads)
-        q, k = (rotate(norm(x), self.angles).to(v.dtype)
+        q, k = (rotate(norm(x.float()), self.angles).to(v.dtype)
                 for norm, x in [(self.q_norm, q), (self.k_norm, k)])
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
