@@ -133,6 +133,13 @@ def test_links_lead_somewhere_and_pictures_are_pictures(name):
             assert path.read_text().rstrip().endswith("</svg>")
 
 
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_files_that_are_named_exist(name):
+    for path in re.findall(r"`((?:tests|tools|support|variants|assets|docs)/[\w./-]+\.\w+)`",
+                           DOCUMENTS[name]):
+        assert (ROOT / path).exists(), path
+
+
 def test_the_readme_shows_its_pictures():
     assert len(re.findall(r"!\[[^\]]+\]\(|<img [^>]*alt=", README)) >= 6
 
