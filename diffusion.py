@@ -38,7 +38,7 @@ class GaussianDiffusion:
     """
 
     def __init__(self, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02,
-                 prediction: str = "v", weighting: str = "plain"):
+                 prediction: str = "x0", weighting: str = "plain"):
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction {prediction!r} is none of {', '.join(PREDICTIONS)}")
         if weighting not in WEIGHTINGS:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from diffusion import GaussianDiffusion, classifier_free_guidance
 from dit import DiT
 from support import checkpoints, distributed, paths, pictures
-from support.cli import run_command, say
+from support.cli import UserError, run_command, say
 from support.data import to_uint8
 from support.folders import find_checkpoint
 from support.sampling import (
@@ -73,6 +73,8 @@ def generate(checkpoint: Checkpoint, labels: Sequence[int | str], cfg_scale: flo
     cfg_scale, steps, sampler, eta: by default what the checkpoint suggests. Image k depends on
     (seed, k) and its label alone. Raises UserError for a label or a value that is not possible.
     """
+    if len(labels) == 0:
+        raise UserError("no labels: name at least one class")
     y = torch.tensor([parse_label(label, checkpoint.class_names) for label in labels])
     how = resolve_sampling(checkpoint, cfg_scale, steps, sampler, eta)
     return torch.cat(list(sample(checkpoint, y, seed, how, batch_size))).as_subclass(Images)

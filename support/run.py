@@ -169,7 +169,14 @@ class Run:
             first = folder / f"step_{self.start:07d}.pt"
             if not first.exists():
                 self._save(self.start)
-                checkpoints.load(first, full=True)
+                try:
+                    checkpoints.load(first, full=True)
+                except UserError as error:
+                    first.unlink()
+                    if not self.resumed:
+                        (folder / CONFIG).unlink(missing_ok=True)
+                    raise UserError(f"nothing was trained, since the checkpoints of this run "
+                                    f"could not be read: {error}") from None
             if elsewhere:
                 atomic_write(folder / CONFIG, lambda file: file.write(text.encode()))
             if self.resumed:

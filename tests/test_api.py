@@ -148,3 +148,8 @@ def test_batches_come_in_order_and_their_steps_can_be_watched(lively):
     assert torch.equal(seen[2][2].clamp(-1, 1), parts[0])
     second = next(sample.sample(checkpoint, y[2:4], 0, how, first=2))   # a part of a larger job
     assert torch.allclose(second, parts[1], atol=1e-5)
+
+
+def test_generate_without_labels_is_refused(here):
+    with pytest.raises(UserError, match="at least one class"):
+        sample.generate(sample.load(paths.SHIPPED, "cpu"), [])
