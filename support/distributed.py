@@ -82,6 +82,20 @@ def under_autocast(model: nn.Module, device: torch.device, precision: str) -> Ca
     return forward
 
 
+def should_compile(wanted: bool | None, device: torch.device) -> bool:
+    """--compile or --no-compile; by default on a GPU, where a compiler is found. A CPU preset would
+    end no sooner: compiling takes about as long as it saves."""
+    if wanted is None:
+        try:
+            check_compiler(device)
+        except UserError:
+            return False
+        return device.type == "cuda"
+    if wanted:
+        check_compiler(device)
+    return wanted
+
+
 def check_compiler(device: torch.device) -> None:
     """torch.compile needs a C++ compiler for the CPU, Triton and a C compiler for a GPU."""
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++", "cl"))):

@@ -200,7 +200,7 @@ class Run:
             f"{args.model} on {about['dataset']} ({about['images']:,} images, "
             f"{about['channels']}x{side}x{side}, {len(self.class_names)} "
             f"class{'es' * (len(self.class_names) > 1)}): {parameters:,} parameters",
-            f"{self.device.type}, {self.state.precision}{', compiled' * args.compile}, {world} "
+            f"{self.device.type}, {self.state.precision}{', compiled' * self.state.compiled}, {world} "
             f"process{'es' * (world > 1)}: steps {self.start:,} to {self.stop:,} of "
             f"{args.steps:,}, batch {args.batch_size}, predicts {args.prediction}, "
             f"{args.optimizer}",
@@ -233,7 +233,9 @@ class Run:
         elif (curve := loss_curve(self.folder)) is not None:
             distributed.say(f"loss curve: {paths.short(curve)}")
         if not self.signals.received:
-            distributed.say("next: " + shlex.join(["python", "sample.py", newest]))
+            words = ["-m", "tools.latents", "sample", newest, "--vae", "VAE"] if is_latents(
+                self.about_data["dataset"]) else ["sample.py", newest]
+            distributed.say("next: " + shlex.join(["python", *words]))
 
     # ------------------------------------------------------------ steps
 

@@ -12,7 +12,7 @@ from support.cli import BATCH, COUNT, SEED, SIDE, Parser, UserError, number, sho
 TIMESTEPS = ("uniform", "log-normal", "logit-normal")
 # Defaults of what is not part of the recipe: data, and how and where a run is computed.
 DEFAULTS = dict(dataset="mnist", data_dir=None, image_size=None, flip=False, network="dit",
-                process="ddpm", weighting=None, grad_accum=1, precision="auto", compile=False,
+                process="ddpm", weighting=None, grad_accum=1, precision="auto", compile=None,
                 seed=0, keep=3, **dict.fromkeys(components.FLAGS))
 # The values of checkpoints from before there was a flag for them.
 BEFORE = dict(timesteps="uniform", weighting="plain")
@@ -145,7 +145,8 @@ class Settings:
         g = p.add_argument_group("speed")
         add(g, "--precision", "of the matrix products: auto, bf16, fp16 or fp32 (TF32 on a GPU)",
             choices=("auto", "bf16", "fp16", "fp32"))
-        add(g, "--compile", "torch.compile the loss; the first step takes a minute (default: off)",
+        add(g, "--compile", "torch.compile the loss; the first step takes a minute (default: on "
+            "with a GPU where a compiler is found)",
             action=argparse.BooleanOptionalAction)
         g = p.add_argument_group("logging and checkpoints")
         add(g, "--log-every", "steps between readings of the loss", type=number(int, 1, 100_000))

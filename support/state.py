@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from support import checkpoints
 from support.cli import UserError, shorten
 from support.distributed import (
-    check_compiler,
     data_parallel,
     pick_precision,
+    should_compile,
     under_autocast,
 )
 
@@ -31,8 +31,10 @@ class TrainingState:
             for group in opt.param_groups:
                 group["initial_lr"] = group["lr"]
         self.loss: nn.Module | None = Loss(model, diffusion, device, self.precision)
-        if args.compile:
-            check_compiler(device)
+        self.compiled = should_compile(args.compile, device)
+        if self.compiled:
+            # nobody asked for it: where the compiler fails, go on without
+            torch._dynamo.config.suppress_errors = args.compile is None
             self.loss.compile()
         self.loss = data_parallel(self.loss, device)
         if device.type == "cuda":

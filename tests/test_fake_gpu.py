@@ -133,3 +133,21 @@ def test_sampling_mixes_no_devices_and_waits_for_nothing(fake_gpu, prediction, s
     steps = getattr(diffusion, f"{sampler}_sample")(predict, xT)
     for _, (_t, xt, x0_hat) in zip(range(3), steps):                    # noqa: B905
         assert xt.device.type == x0_hat.device.type == "cuda" and xt.shape == xT.shape
+
+
+def test_the_compiler_is_on_with_a_gpu_where_it_is_found(monkeypatch):
+    from support import distributed
+    found = [True]
+
+    def check(device):
+        if not found[0]:
+            raise distributed.UserError("--compile needs a compiler")
+
+    monkeypatch.setattr(distributed, "check_compiler", check)
+    cpu = torch.device("cpu")
+    assert distributed.should_compile(None, CUDA) and not distributed.should_compile(None, cpu)
+    assert distributed.should_compile(True, cpu) and not distributed.should_compile(False, CUDA)
+    found[0] = False
+    assert not distributed.should_compile(None, CUDA)
+    with pytest.raises(distributed.UserError):
+        distributed.should_compile(True, CUDA)
