@@ -10,7 +10,7 @@ from PIL import Image
 
 import sample
 import train_mnist
-from conftest import ROOT
+from conftest import ROOT, tensors_equal
 from diffusion import GaussianDiffusion, classifier_free_guidance
 from dit import MODELS, DiT
 from support import checkpoints, data, latents
@@ -124,7 +124,7 @@ def trained(here, monkeypatch):
     return here / "run"
 
 
-def test_train_and_resume_on_latents(trained, here):
+def test_train_and_resume_on_latents(trained, here, capsys):
     with Image.open(next((trained / "samples").iterdir())) as preview:
         assert preview.mode == "RGB" and preview.width > 50
     state = checkpoints.load(checkpoints_in(trained)[-1], full=True)
@@ -134,6 +134,7 @@ def test_train_and_resume_on_latents(trained, here):
     (here / "a.pt").rename(here / "b.pt")               # the file may have moved
     assert train_mnist.main(["--resume", "--out", "run", "--dataset", "latents:b.pt", "--steps",
                              "3"]) == 0
+    assert "python -m tools.latents sample run/step_0000003.pt --vae" in capsys.readouterr().out
     write(here / "b.pt", latents=torch.zeros(24, 4, 8, 8))
     with pytest.raises(UserError, match="not the checkpoint's"):
         train_mnist.main(["--resume", "--out", "run", "--dataset", "latents:b.pt", "--steps", "4"])
@@ -142,6 +143,22 @@ def test_train_and_resume_on_latents(trained, here):
         sample.main(["run"])
     with pytest.raises(UserError, match="tools.latents sample"):
         sample.generate(sample.load("run", "cpu"), [0])
+
+
+def test_images_as_latents_train_as_images(here, monkeypatch):
+    """The same weights, bit for bit, where half precision holds the pixels exactly."""
+    monkeypatch.setitem(MODELS, TINY, dict(patch_size=7, hidden_size=16, depth=2, num_heads=2))
+    drawn = data.draw_glyphs(90)
+    drawn.images = (drawn.images > 127).to(torch.uint8) * 255
+    monkeypatch.setattr(data, "draw_glyphs", lambda *_args, **_options: drawn)
+    write(here / "a.pt", latents=drawn.images.half() / 127.5 - 1, labels=drawn.labels,
+          class_names=drawn.class_names)
+    for name in ("glyphs", "latents:a.pt"):
+        assert train_mnist.main(["--dataset", name, "--model", TINY, "--steps", "3", "--batch-size",
+                                 "8", "--out", name[:6]]) == 0
+    images, as_latents = (checkpoints.load(checkpoints_in(here / name)[-1])["ema"]
+                          for name in ("glyphs", "latent"))
+    assert tensors_equal(images, as_latents)
 
 
 def test_previews_of_latents():
@@ -191,6 +208,23 @@ def test_the_learned_variance_lies_between_the_posterior_and_beta():
     assert added[0] == pytest.approx(posterior, rel=1e-4)
     assert added[1] == pytest.approx(1 - ratio, rel=1e-4)
     assert added[2] == pytest.approx((posterior * (1 - ratio)) ** 0.5, rel=1e-4)
+
+
+def test_ddpm_with_a_learned_variance_is_that_of_diffusers():
+    pytest.importorskip("diffusers", reason="needs the package diffusers")
+    from diffusers import DDPMScheduler
+    betas = dict(beta_start=0.01, beta_end=0.3)
+    scheduler = DDPMScheduler(20, **betas, variance_type="learned_range", clip_sample=False)
+    diffusion, model = GaussianDiffusion(20, **betas, prediction="eps"), network()
+    predict = tool.guided(model, torch.tensor([3, 5]), 1.5)
+    theirs = xT = torch.randn(2, 4, 8, 8)
+    rng = torch.manual_seed(1)
+    for t in range(19, -1, -1):
+        theirs = scheduler.step(predict(theirs, t).detach(), t, theirs, generator=rng).prev_sample
+    rng = torch.manual_seed(1)
+    *_, (_, ours, _) = tool.ddpm_sample(diffusion, predict, xT, lambda t: torch.randn(
+        2, 4, 8, 8, generator=rng), 20)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_guidance_leaves_the_variances_alone():

@@ -13,6 +13,7 @@ import contextlib
 import math
 import os
 import re
+import shlex
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -142,7 +143,7 @@ def encode(args: Namespace) -> int:
     say(f"written: {args.out} ({len(z):,} latents {vae.channels}x{side}x{side}, {len(classes)} "
         f"class{'es' * (len(classes) > 1)}, standard deviation {z.float().std():.2f}, "
         f"{args.out.stat().st_size / 1e6:.1f} MB)",
-        f"next: python train_mnist.py --dataset latents:{args.out}")
+        "next: " + shlex.join(["python", "train_mnist.py", "--dataset", f"latents:{args.out}"]))
     return 0
 
 
