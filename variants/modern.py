@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit import Attention, DiT, DiTBlock
+from dit import DiT, DiTBlock
 
 
 def rope_angles(side: int, dim: int, base: float = 100.0) -> Tensor:
@@ -32,9 +32,12 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-class ModernAttention(Attention):
+class ModernAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int):
-        super().__init__(hidden_size, num_heads)
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
         self.q_norm, self.k_norm = (nn.RMSNorm(hidden_size // num_heads, 1e-6) for _ in range(2))
         self.register_buffer("angles", None, persistent=False)      # ModernDiT knows the grid
 
