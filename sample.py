@@ -66,7 +66,7 @@ def load(path: str | Path | None = None, device: str | torch.device | None = Non
 
 def generate(checkpoint: Checkpoint, labels: Sequence[int | str], cfg_scale: float | None = None,
              steps: int | None = None, seed: int = 0, sampler: str | None = None,
-             eta: float | None = None, batch_size: int = 250) -> Images:
+             eta: float | None = None, precision: str = "fp32", batch_size: int = 250) -> Images:
     """Images of the classes `labels` (indices, class names or number words): a float32 tensor
     (N, C, H, W) in [-1, 1], on the checkpoint's device. A notebook shows it as a grid.
 
@@ -76,7 +76,7 @@ def generate(checkpoint: Checkpoint, labels: Sequence[int | str], cfg_scale: flo
     if len(labels) == 0:
         raise UserError("no labels: name at least one class")
     y = torch.tensor([parse_label(label, checkpoint.class_names) for label in labels])
-    how = resolve_sampling(checkpoint, cfg_scale, steps, sampler, eta)
+    how = resolve_sampling(checkpoint, cfg_scale, steps, sampler, eta, precision)
     return torch.cat(list(sample(checkpoint, y, seed, how, batch_size))).as_subclass(Images)
 
 
@@ -98,12 +98,13 @@ def sample(checkpoint: Checkpoint, y: Tensor, seed: int, how: dict, batch_size: 
         noise = ImageNoise(seed, first + start, first + start + len(labels), shape, device)
         predict = classifier_free_guidance(model, labels, how["cfg_scale"])
         xt = noise("T")
-        for t, xt_next, x0_hat in sampler(predict, xt, noise=noise, **options):
-            if watch is not None:
-                watch(t, xt, x0_hat, xt_next)
-            xt = xt_next
-            if bar is not None:
-                bar.update(len(labels))
+        with distributed.autocast(device, how["precision"]):
+            for t, xt_next, x0_hat in sampler(predict, xt, noise=noise, **options):
+                if watch is not None:
+                    watch(t, xt, x0_hat, xt_next)
+                xt = xt_next
+                if bar is not None:
+                    bar.update(len(labels))
         yield xt.clamp(-1, 1)
 
 
@@ -116,7 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     device = distributed.join(args.device)
     checkpoint = load(args.checkpoint, device, args.weights)
     scales = args.cfg_scale or [checkpoint.sampling["cfg_scale"]]
-    how = [resolve_sampling(checkpoint, s, args.steps, args.sampler, args.eta) for s in scales]
+    how = [resolve_sampling(checkpoint, s, args.steps, args.sampler, args.eta, args.precision)
+           for s in scales]
 
     # The labels: a row of the grid each, or near-square with one image per label
     names = checkpoint.class_names

@@ -72,14 +72,20 @@ def under_autocast(model: nn.Module, device: torch.device, precision: str) -> Ca
     """
     if precision == "fp32":
         return model
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
     def forward(xt: Tensor, t: Tensor, y: Tensor) -> Tensor:
         kernels = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-        with torch.autocast(device.type, dtype), kernels:
+        with autocast(device, precision), kernels:
             return model(xt, t, y)
 
     return forward
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Matrix products in `precision`: fp32, bf16 or fp16."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
 def should_compile(wanted: bool | None, device: torch.device) -> bool:

@@ -200,8 +200,8 @@ class Run:
             f"{args.model} on {about['dataset']} ({about['images']:,} images, "
             f"{about['channels']}x{side}x{side}, {len(self.class_names)} "
             f"class{'es' * (len(self.class_names) > 1)}): {parameters:,} parameters",
-            f"{self.device.type}, {self.state.precision}{', compiled' * self.state.compiled}, {world} "
-            f"process{'es' * (world > 1)}: steps {self.start:,} to {self.stop:,} of "
+            f"{self.device.type}, {self.state.precision}{', compiled' * self.state.compiled}, "
+            f"{world} process{'es' * (world > 1)}: steps {self.start:,} to {self.stop:,} of "
             f"{args.steps:,}, batch {args.batch_size}, predicts {args.prediction}, "
             f"{args.optimizer}",
             f"run folder: {paths.short(self.folder)}")

@@ -373,6 +373,18 @@ def test_untrained_checkpoints_are_passed_over_or_said_to_be(trained, capsys):
     assert "step 0 (untrained)," in capsys.readouterr().out
 
 
+def test_bf16_is_another_number_format_and_not_another_picture(here, tmp_path):
+    checkpoint = sample.load(paths.SHIPPED, "cpu")
+    fp32, bf16 = (sample.generate(checkpoint, [3, 8], steps=10, precision=p)
+                  for p in ("fp32", "bf16"))
+    assert bf16.dtype == torch.float32 and not torch.equal(fp32, bf16)
+    assert (fp32 - bf16).abs().mean() < 0.02
+    sample.main([str(paths.SHIPPED), "--labels", "3", "8", "--steps", "10", "--precision", "bf16",
+                 "--npz", "bf16.npz"])
+    npz = torch.from_numpy(np.load("bf16.npz")["arr_0"]).permute(0, 3, 1, 2)
+    assert torch.equal(npz, to_uint8(bf16.as_subclass(torch.Tensor)))
+
+
 def test_the_command_exits_with_2_and_one_line(tmp_path):
     process = command("sample.py", "missing.pt", cwd=tmp_path)
     out, err = process.communicate(timeout=60)

@@ -323,7 +323,8 @@ def from_files(args: Namespace, path: Path, train: data.ImageSet) -> Source:
 def from_checkpoint(args: Namespace, path: Path, state: dict, device: torch.device) -> Source:
     """--images samples for each of --seeds seeds, labels 0, 1, 2 ... in turn."""
     checkpoint = as_checkpoint(path, state, args.weights, device)
-    how = resolve_sampling(checkpoint, args.cfg_scale, args.steps, args.sampler, args.eta)
+    how = resolve_sampling(checkpoint, args.cfg_scale, args.steps, args.sampler, args.eta,
+                           args.precision)
     count, seeds = args.images or 1000, list(range(args.seed, args.seed + (args.seeds or 1)))
     y = torch.arange(count) % len(checkpoint.class_names)
     about = dict(step=state["step"], weights=args.weights, sampler=how["sampler"],
