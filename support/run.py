@@ -334,12 +334,13 @@ class Metrics:
             length = min(self.run.args.log_every, self.run.stop - self.run.start)
             self.buffer = torch.zeros(length, len(self.columns), device=self.device)
             scaled = self.run.state.scaler.is_enabled()     # fp16: inf gradients are expected
-            self.finite = [i for i, c in enumerate(self.columns) if c != "grad_norm" or not scaled]
+            self.ignored = torch.tensor([c == "grad_norm" and scaled for c in self.columns],
+                                        device=self.device)
         row = torch.stack([     # full() fills on the device; a copy from the host would wait for it
             n.detach().float().mean() if isinstance(n, Tensor) else
             torch.full((), n, device=self.device) for n in numbers.values()])
         self.buffer[self.recorded - self.read] = row
-        good = row[self.finite].isfinite().all() | (self.first_bad != NEVER)
+        good = (row.isfinite() | self.ignored).all() | (self.first_bad != NEVER)
         self.recorded += 1
         self.first_bad = torch.where(good, self.first_bad, self.recorded)
         self.bar.update()
