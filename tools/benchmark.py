@@ -1,167 +1,205 @@
-"""Milliseconds per training step: the effect of bf16, attention kernels and the compiler.
+"""Time training and sampling: images/s, use of the hardware, memory, seconds to the first step.
 
-    python -m tools.benchmark                           the preset's model, fp32 and bf16
-    python -m tools.benchmark --compile --rounds 20     each of them also compiled
-    python -m tools.benchmark --model DiT-Mini/2 --batch-size 256 --optimizer adamw --sample
+    python -m tools.benchmark                   the preset's model: fp32, bf16, attention kernels
+    python -m tools.benchmark --compile         each of them also compiled
+    python -m tools.benchmark --busy 1 2        what training selects, beside busy processes
+    python -m tools.benchmark --against models.py:DiT --sample 20
+                                                beside the published loop with that network
+    python -m tools.benchmark --scaling         how a step grows with tokens, width and depth
 
-Every round times each variant in turn, so that a machine that slows down, or is shared, slows them
-all; ratios are taken within a round. It times `train` of train_mnist.py, on glyphs.
+Every round times each row in turn, so that a machine that slows down, or is shared, slows them all;
+the speed-up is the median over the rounds of the ratio to the first row. It times `train` of
+train_mnist.py on glyphs. MFU (model flops utilisation): flops per second of the network's forward
+and backward over those of a large matrix product in the same precision.
 """
 
-import contextlib
+import support.threads  # noqa: F401  (before torch)
+
+import json
 import os
-import platform
-import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import train_mnist
-from diffusion import GaussianDiffusion
-from dit import MODELS, DiT
-from sample import Checkpoint, sample
-from support import data, distributed
-from support.cli import BATCH, COUNT, Parser, UserError, number, run_command, say
-from support.sampling import resolve_sampling
+from dit import MODELS
+from support import data, distributed, paths
+from support.cli import (
+    BATCH, COUNT, Parser, UserError, atomic_write, check_target,
+    io_errors, number, run_command, say, shorten)
 from support.settings import Settings
-from support.state import Loss, TrainingState
+from tools.implementations import (
+    VARIANTS, Ours, Published, load_factory, new_model, step_flops)
+from tools.timing import described, hardware, matmul_rate, rows_of, table, time_rounds
 
-WARM_UP = 2                     # steps of each variant before the first round, with compilation
-# Name -> (bf16 or fp32, the attention kernels that torch may choose from; none given: all)
-VARIANTS = {"fp32": (False, ()), "bf16": (True, ()),
-            "bf16, MATH attention": (True, (SDPBackend.MATH,))}
+WARM_UP = 2                     # steps of each row before the first round, with compilation
+PROFILED = 20                   # steps
+TOKENS = ((28, 7), (28, 4), (28, 2), (64, 2))       # image side, patch: 16 to 1,024 tokens
+FACTORS = (1, 2, 4)                                 # of the model's width, and of its depth
 
-# ---------------------------------------------------------------- a variant
-
-
-class Steps:
-    """No-op stand-in for Run: the steps from `start` on, of which nothing is recorded."""
-
-    def __init__(self, args: Namespace, device: torch.device, start: int, count: int):
-        self.args, self.device, self.start, self.count = args, device, start, count
-
-    def steps(self) -> range:
-        return range(self.start, self.start + self.count)
-
-    def random(self, step: int) -> distributed.StepRandom:
-        return distributed.StepRandom(self.device, self.args.seed, step, self.args.batch_size,
-                                      slice(None))
-
-    def log(self, **numbers) -> None:
-        pass
+# ---------------------------------------------------------------- the measurements
 
 
-class VariantLoss(Loss):
-    """The loss with the network's forward in fp32 or bf16, restricted to some attention kernels.
-    `distributed.under_autocast` selects one of these; here each runs on any device."""
+def competitors(flags: Namespace, args: Namespace, device: torch.device, images: data.ImageSet
+                ) -> dict:
+    """Name -> a function that makes what is timed. The first one is what speed-ups refer to."""
+    makers = {}
 
-    bf16: bool
-    kernels: tuple
+    def ours(name: str, variant: str | None = None, compiler=(False, True)[: 1 + flags.compile],
+             **changed) -> None:
+        for compiled in compiler:
+            its = Namespace(**{**vars(args), **changed, "compile": compiled})
+            title = name + ", compiled" * compiled
+            makers[title] = partial(Ours, title, its, device, images, variant)
 
-    def forward(self, x0, t, y, eps):
-        def net(xt, t, y):
-            kernels = sdpa_kernel(list(self.kernels)) if self.kernels else contextlib.nullcontext()
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16), kernels:
-                return self.model(xt, t, y)
-
-        return self.diffusion.loss(net, x0, t, y, eps)
-
-
-class Variant:
-    """A model in training, in its own precision. variant(n) makes n more steps."""
-
-    def __init__(self, name: str, args: Namespace, device: torch.device, images: data.ImageSet,
-                 compiled: bool):
-        self.name, self.args, self.device, self.done = name, args, device, 0
-        self.model, self.diffusion = new_model(args, images, device)
-        self.state = TrainingState(self.model, train_mnist.make_optimizers(self.model, args),
-                                   self.diffusion, args, device)
-        # A class for each variant: dynamo does not guard on which attention kernels are allowed,
-        # and would reuse what it has compiled for another instance of the same class
-        bf16, kernels = VARIANTS[name]
-        loss = type("VariantLoss", (VariantLoss,), dict(bf16=bf16, kernels=kernels))
-        self.state.loss = loss(self.model, self.diffusion, device, "")
-        if compiled:
-            self.state.loss.compile()
-            self.name += ", compiled"
-        self.batches = data.Batches(images.to(device), args.batch_size, args.seed, device)
-
-    def __call__(self, steps: int) -> None:
-        train_mnist.train(self.batches, self.state, self.diffusion,
-                          Steps(self.args, self.device, self.done, steps))
-        self.done += steps
+    if flags.against:
+        factory = load_factory(flags.against)
+        makers["theirs"] = partial(Published, "theirs", factory, args, device, images)
+        for optimizer in ("adamw", "muon"):
+            ours(f"ours, {optimizer}", optimizer=optimizer)
+    elif flags.busy:
+        ours("as trained", compiler=(False, True) if flags.compile else (args.compile,))
+    else:
+        for name in VARIANTS:
+            ours(name, name)
+    return makers
 
 
-def new_model(args: Namespace, images: data.ImageSet, device: torch.device
-              ) -> tuple[DiT, GaussianDiffusion]:
-    try:
-        model = DiT(**MODELS[args.model], input_size=images.images.shape[-1],
-                    in_channels=images.images.shape[1], num_classes=len(images.class_names))
-    except ValueError as error:
-        raise UserError(f"--model {args.model}: {error}") from None
-    diffusion = GaussianDiffusion(**train_mnist.DIFFUSION, prediction=args.prediction,
-                                  weighting=args.weighting)
-    return model.to(device), diffusion.to(device)
+def warmed_up(makers: dict, device: torch.device) -> tuple[list, dict[str, float]]:
+    """What the makers make, after its first steps; on a GPU the peak memory of each, in MB."""
+    works, memory, cuda = [], {}, device.type == "cuda"
+    for name, make in tqdm(makers.items(), desc="warming up", leave=False, dynamic_ncols=True):
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        works.append(make())
+        works[-1](WARM_UP)
+        if cuda:
+            memory[name] = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return works, memory
 
 
-# ---------------------------------------------------------------- time
+def benchmark_training(flags: Namespace, args: Namespace, device: torch.device,
+                       images: data.ImageSet, works: list, memory: dict) -> dict:
+    flops = step_flops(args, images)
+    rate = {name: matmul_rate(name, device) for name in sorted({w.precision for w in works})}
+    n = flags.steps_per_round
+    times = time_rounds({w.name: partial(w, n) for w in works}, flags.rounds, device, "training",
+                        (0, *flags.busy))
+    rows, of = rows_of(times, n, n * args.batch_size), {w.name: w for w in works}
+    for row in rows:
+        row["precision"] = of[row["name"]].precision
+        row["mfu"] = 1000 * flops / row["ms"] / rate[row["precision"]]
+        if memory:
+            row["memory_mb"] = memory[row["name"]]
+    say("", f"training: {flags.rounds} rounds of {n} steps, in turn; train_mnist.py selects "
+        f"{distributed.pick_precision('auto', device)} here", *table(rows, "step"),
+        f"a step: {flops / 1e9:,.1f} GFLOP; a large matrix product, in GFLOP/s: "
+        + ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in rate.items()))
+    return dict(flops_per_step=flops, matmul_flops_per_s=rate, training=rows)
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The duration of `work`, including what it has queued on the device."""
-    synchronize = getattr(torch, device.type).synchronize       # nothing to wait for on the CPU
-    synchronize()
-    start = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - start
+def benchmark_sampling(flags: Namespace, args: Namespace, device: torch.device, works: list
+                       ) -> dict:
+    """DDIM as in sample.py, in fp32 and in the precision of training. Guidance 1 is one forward per
+    step, 2 is two. The other implementation samples with guidance, by its own sampler."""
+    y, steps = torch.arange(flags.images) % 10, flags.sample
+    draws = {"theirs": partial(works[0].sample, y, steps, 2.0)} if flags.against else {}
+    for precision in dict.fromkeys(("fp32", distributed.pick_precision("auto", device))):
+        for scale in (2.0,) if flags.against else (1.0, 2.0):
+            name = f"ours, {precision}" if flags.against else f"guidance {scale:g}, {precision}"
+            draws[name] = partial(works[-1].sample, y, steps, scale, precision)
+    for draw in draws.values():
+        draw()
+    times = time_rounds(draws, flags.rounds, device, "sampling", (0, *flags.busy))
+    rows = rows_of(times, len(y), len(y))
+    say("", f"sampling: {flags.rounds} rounds of {len(y)} images in one batch, {steps} steps"
+        + ", guidance 2" * bool(flags.against), *table(rows, "image"))
+    return dict(sampling=rows)
 
 
-def time_rounds(works: dict[str, Callable[[], object]], count: int, device: torch.device, desc: str
-                ) -> dict[str, list[float]]:
-    """Seconds of each work, `count` times, in turn."""
-    times = {name: [] for name in works}
-    for _ in tqdm(range(count), desc=desc, unit="round", leave=False, dynamic_ncols=True):
-        for name, work in works.items():
-            times[name].append(seconds(work, device))
-    return times
+def benchmark_scaling(flags: Namespace, args: Namespace, device: torch.device,
+                      images: data.ImageSet) -> dict:
+    """The step against tokens, width and depth, others equal; exponents fitted by least squares."""
+    size, report = args.sizes, {}
+    series = {
+        "tokens": {(side // p) ** 2: (side, dict(size, patch_size=p)) for side, p in TOKENS},
+        "width": {size["hidden_size"] * k: (28, dict(size, hidden_size=size["hidden_size"] * k,
+                                                     num_heads=size["num_heads"] * k))
+                  for k in FACTORS},
+        "depth": {size["depth"] * k: (28, dict(size, depth=size["depth"] * k)) for k in FACTORS}}
+    for name, cases in series.items():
+        makers, flops = {}, []
+        for value, (side, sizes) in cases.items():
+            its = Namespace(**{**vars(args), "sizes": sizes})
+            scaled = replace(images, images=F.interpolate(images.images, (side, side)))
+            makers[f"{value:,} {name}"] = partial(Ours, f"{value:,} {name}", its, device, scaled)
+            flops.append(step_flops(its, scaled))
+        works, _ = warmed_up(makers, device)
+        n = flags.steps_per_round
+        rows = rows_of(time_rounds({w.name: partial(w, n) for w in works}, flags.rounds, device,
+                                   name), n, n * args.batch_size)
+        for row, count in zip(rows, flops, strict=True):
+            row["gflop"] = count / 1e9
+        exponents = {key: float(np.polyfit(np.log(list(cases)), np.log([r[key] for r in rows]),
+                                           1)[0]) for key in ("ms", "gflop")}
+        say("", *table(rows, "step"), f"time ~ {name}^{exponents['ms']:.2f}, flops ~ "
+            f"{name}^{exponents['gflop']:.2f}")
+        report[name] = dict(rows=rows, exponents=exponents)
+    return dict(scaling=report)
 
 
-def table(times: dict[str, list[float]], per: int, unit: str) -> list[str]:
-    """A row per work: its median over the rounds in ms per `unit` (there are `per` in each), the
-    fastest and slowest round, and the median of its ratio to the first work of the same round."""
-    first = next(iter(times.values()))
-    lines = [f"{'':30}{'ms/' + unit:>10}{'fastest':>10}{'slowest':>10}{'ratio':>8}"]
-    for name, own in times.items():
-        ms = [1000 * x / per for x in (statistics.median(own), min(own), max(own))]
-        ratio = statistics.median(x / y for x, y in zip(own, first, strict=True))
-        lines.append(f"{name:30}" + "".join(f"{x:10.2f}" for x in ms) + f"{ratio:8.2f}")
-    return lines
+def first_step(args: Namespace, device: torch.device, data_dir: str | None) -> dict:
+    """Seconds from the command to the end of train_mnist.py's first step and, on a CPU, the peak
+    memory of its process until then."""
+    with tempfile.TemporaryDirectory() as folder:
+        record, errors = Path(folder, "run", "metrics.jsonl"), Path(folder, "errors.txt")
+        words = ["--dataset", "mnist" if data_dir else "glyphs", "--model", args.model,
+                 "--batch-size", args.batch_size, "--optimizer", args.optimizer, "--steps", 1,
+                 "--log-every", 1, "--device", device, "--out", record.parent]
+        words += ["--data-dir", data_dir] if data_dir else []
+        with errors.open("w") as file:
+            start = time.perf_counter()
+            process = subprocess.Popen([sys.executable, str(paths.ROOT / "train_mnist.py"),
+                                        *map(str, words)], stdout=subprocess.DEVNULL, stderr=file)
+        try:
+            while not (record.exists() and record.stat().st_size):
+                if process.poll() is not None:
+                    raise UserError(f"train_mnist.py: {shorten(errors.read_text().strip())}")
+                time.sleep(0.01)
+            found = dict(seconds=time.perf_counter() - start)
+        finally:
+            process.kill()
+            usage = None
+            if process.returncode is None and hasattr(os, "wait4"):
+                _, process.returncode, usage = os.wait4(process.pid, 0)
+            process.wait()
+    if device.type == "cpu" and usage is not None:
+        found["memory_mb"] = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    say("", f"from the command to the end of the first step: {found['seconds']:.1f} s"
+        + (f", peak memory {found['memory_mb']:,.0f} MB" if "memory_mb" in found else ""))
+    return dict(first_step=found)
 
 
-def hardware(device: torch.device) -> list[str]:
-    """What the numbers depend on."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(s for s in lines if s.startswith("model name")).partition(":")[2].strip()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
-    gpu = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}; " \
-        if device.type == "cuda" else ""
-    return [f"{gpu}{cpu}, {cores} core{'s' * (cores != 1)}{load}",
-            f"torch {torch.__version__}, {torch.get_num_threads()} threads, on {device.type}"]
-
-
-def selected(device: torch.device) -> str:
-    """The variant that train_mnist.py selects on this device."""
-    precision = distributed.pick_precision("auto", device)
-    return precision + ", MATH attention" * (precision == "bf16" and device.type == "cpu")
+def profile(path: Path, work: Ours) -> None:
+    """Write torch.profiler's table of some steps, by the time of each operation itself."""
+    with torch.profiler.profile() as profiler:
+        work(PROFILED)
+    kind = "device" if work.device.type == "cuda" else "cpu"
+    text = profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=40)
+    with io_errors(f"{path} cannot be written"):
+        atomic_write(path, lambda file: file.write(text.encode()))
+    say(f"written: {path} ({PROFILED} steps)")
 
 
 # ---------------------------------------------------------------- the command
@@ -171,71 +209,74 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser().parse_args(argv)
     if distributed.world_size() > 1:
         raise UserError("benchmark runs in one process")
+    for path, suffix in ((flags.json, ".json"), (flags.profile, ".txt")):
+        if path is not None:
+            check_target(path, flags.force, suffix)
     device = distributed.pick_device(flags.device)
-    if flags.compile:
-        distributed.check_compiler(device)
     given = {key: getattr(flags, key) for key in ("model", "batch_size", "optimizer")
              if getattr(flags, key) is not None}
+    if flags.scaling:
+        given = dict(batch_size=16) | given
     args = Settings(train_mnist.RECIPE, train_mnist.PRESETS).resolve(
-        given | dict(steps=WARM_UP + flags.rounds * flags.steps_per_round, precision="fp32"),
-        device.type)
+        given | dict(steps=PROFILED + WARM_UP + flags.rounds * flags.steps_per_round), device.type)
+    args.sizes = MODELS[args.model]
+    args.compile = distributed.should_compile(flags.compile or args.compile, device)
     images = data.draw_glyphs(max(256, args.batch_size))
-    model, diffusion = new_model(args, images, device)
-    say(*hardware(device), f"{args.model}, {sum(p.numel() for p in model.parameters()):,} "
-        f"parameters, batch {args.batch_size}, {args.optimizer}, predicts {args.prediction}")
-    benchmark_training(flags, args, device, images)
-    if flags.sample:
-        checkpoint = Checkpoint(model.eval(), diffusion, images.class_names, train_mnist.SAMPLING,
-                                0, Path())
-        benchmark_sampling(flags, args, device, checkpoint)
+    model, _ = new_model(args, images)
+    report = dict(hardware=hardware(device), model=args.model, batch_size=args.batch_size,
+                  optimizer=args.optimizer, prediction=args.prediction,
+                  parameters=sum(p.numel() for p in model.parameters()))
+    say(*described(report["hardware"]), f"{args.model}, {report['parameters']:,} parameters, batch "
+        f"{args.batch_size}, {args.optimizer}, predicts {args.prediction}")
+    if flags.scaling:
+        report |= benchmark_scaling(flags, args, device, images)
+    elif flags.profile:
+        [work], _ = warmed_up({"": partial(Ours, "", args, device, images)}, device)
+        profile(flags.profile, work)
+    else:
+        works, memory = warmed_up(competitors(flags, args, device, images), device)
+        report |= benchmark_training(flags, args, device, images, works, memory)
+        if flags.sample:
+            report |= benchmark_sampling(flags, args, device, works)
+        if not (flags.against or flags.busy):
+            report |= first_step(args, device, flags.data_dir)
+    if flags.json:
+        with io_errors(f"{flags.json} cannot be written"):
+            text = json.dumps(report, indent=1) + "\n"
+            atomic_write(flags.json, lambda file: file.write(text.encode()))
     return 0
-
-
-def benchmark_training(flags: Namespace, args: Namespace, device: torch.device,
-                       images: data.ImageSet) -> None:
-    variants = [Variant(name, args, device, images, compiled)
-                for compiled in (False, True)[: 1 + flags.compile] for name in VARIANTS]
-    for variant in tqdm(variants, desc="warming up", leave=False, dynamic_ncols=True):
-        variant(WARM_UP)
-    works = {v.name: lambda v=v: v(flags.steps_per_round) for v in variants}
-    times = time_rounds(works, flags.rounds, device, "training")
-    say("", f"training: {flags.rounds} rounds of {flags.steps_per_round} steps, in turn; "
-        f"train_mnist.py selects {selected(device)} here",
-        *table(times, flags.steps_per_round, "step"))
-
-
-def benchmark_sampling(flags: Namespace, args: Namespace, device: torch.device,
-                       checkpoint: Checkpoint) -> None:
-    """DDIM in fp32, as in sample.py: guidance 1 is one forward per step, 2 is two."""
-    y = torch.arange(args.batch_size) % checkpoint.model.num_classes
-
-    def draw(scale: float, steps: int) -> None:
-        how = resolve_sampling(checkpoint, scale, steps, "ddim")
-        for _ in sample(checkpoint, y, 0, how, batch_size=len(y)):
-            pass
-
-    for scale in (1, 2):
-        draw(scale, min(WARM_UP, flags.sample))
-    works = {f"guidance {scale}": lambda scale=scale: draw(scale, flags.sample) for scale in (1, 2)}
-    times = time_rounds(works, flags.rounds, device, "sampling")
-    say("", f"sampling: {flags.rounds} rounds of {len(y)} images in one batch, DDIM, "
-        f"{flags.sample} steps, fp32", *table(times, len(y), "image"))
 
 
 def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("--model", choices=MODELS, metavar="NAME", help="a name of dit.MODELS (default: "
                    "the device's preset)")
-    p.add_argument("--batch-size", type=BATCH, help="images per step (default: the preset's)")
+    p.add_argument("--batch-size", type=BATCH, help="images per step (default: the preset's; 16 "
+                   "with --scaling)")
     p.add_argument("--optimizer", choices=("muon", "adamw"), help="(default: the preset's)")
-    p.add_argument("--rounds", type=COUNT, default=10, help="timings of each variant (default: 10)")
+    p.add_argument("--rounds", type=COUNT, default=10, help="timings of each row (default: 10)")
     p.add_argument("--steps-per-round", type=COUNT, default=10, metavar="N", help="training steps "
                    "timed as one (default: 10)")
-    p.add_argument("--compile", action="store_true", help="also time each variant with "
-                   "torch.compile")
+    p.add_argument("--compile", action="store_true", help="also time each row with torch.compile")
+    p.add_argument("--busy", type=number(int, 1, 256), nargs="+", default=[], metavar="N",
+                   help="time what training selects alone, and beside N processes that compute "
+                   "without a pause")
+    p.add_argument("--against", metavar="FILE.py:FACTORY", help="time the published training step "
+                   "with the network FACTORY(input_size=..., patch_size=..., ...), and ours with "
+                   "the same optimizer and with Muon. Executes the file")
     p.add_argument("--sample", type=number(int, 1, train_mnist.DIFFUSION["num_timesteps"]),
-                   nargs="?", const=50, metavar="STEPS", help="also time DDIM sampling in STEPS "
-                   "steps (default: 50)")
+                   nargs="?", const=50, metavar="STEPS", help="also time sampling in STEPS steps "
+                   "(default: 50)")
+    p.add_argument("--images", type=BATCH, default=64, help="images sampled in one batch "
+                   "(default: 64)")
+    p.add_argument("--scaling", action="store_true", help="time the step with more tokens, width "
+                   "and depth instead")
+    p.add_argument("--profile", type=Path, metavar="FILE.txt", help="write torch.profiler's table "
+                   f"of {PROFILED} steps instead")
+    p.add_argument("--data-dir", metavar="DIR", help="where MNIST is, for the time to the first "
+                   "step (default: glyphs, which take seconds to draw)")
+    p.add_argument("--json", type=Path, metavar="FILE.json", help="write the results")
+    p.add_argument("--force", action="store_true", help="overwrite existing files")
     p.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
     return p
 
