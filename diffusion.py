@@ -1,4 +1,4 @@
-"""The process: how noise is added, what the network learns from it, and the way back.
+"""The process: how noise is added, what the network learns, and how sampling removes the noise.
 
 Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models" (DDPM), arXiv 2006.11239.
 
@@ -10,13 +10,14 @@ Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models" (DDPM), arXiv 2006
     guide      out_uncond + cfg_scale (out_cond - out_uncond)        2207.12598    classifier_free_
                                                                                    guidance
 x0 is a clean image in [-1, 1], eps standard normal noise, xt the mixture of both; `_hat` marks the
-network's estimates. beta_t is the noise added at step t; alpha_bar_t, the product of (1 - beta)
-over all steps up to t, is the share of the image's variance that is left. Two abbreviations, after
+network's estimates. beta_t is the variance of the noise added at step t; alpha_bar_t, the product
+of (1 - beta) over all steps up to t, is the share of the image's variance that is left. Two abbreviations, after
 Salimans & Ho: alpha = sqrt(alpha_bar) and sigma = sqrt(1 - alpha_bar), so alpha^2 + sigma^2 = 1.
 (DDPM's own alpha_t is 1 - beta_t; it does not occur here.)
 
 Timesteps are t = 0..999, the paper's 1..1000 less one: t = 0 is the least noisy image, x_{-1} is
-x0 itself, and the step from t = 0 adds no noise. `python diffusion.py` checks these equations.
+x0 itself, and the step from t = 0 adds no noise. `python diffusion.py` checks q_sample, target,
+x0_and_eps, loss and DDIM.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,11 +30,11 @@ WEIGHTINGS = ("plain", "v", "min-snr")  # and how the errors at different t are 
 
 
 class GaussianDiffusion:
-    """DDPM's process with its linear schedule of beta, and one meaning of the network's output.
+    """The DDPM process with a linear beta schedule, for one prediction type.
 
     num_timesteps, beta_start, beta_end: the schedule (DDPM section 4: 1000, 1e-4, 0.02).
-    prediction, weighting: one of PREDICTIONS, one of WEIGHTINGS ("eps", "plain": the paper).
-    Raises ValueError for any other, and for a beta that is not between 0 and 1.
+    prediction, weighting: one of PREDICTIONS and of WEIGHTINGS (the paper: "eps", "plain";
+    train_mnist.py: "x0", "v"). Raises ValueError for any other, and for a beta outside (0, 1).
     `alpha_bar` (T,) is float64 on the CPU; `to(device)` moves the float32 tables made from it.
     """
 
@@ -54,7 +55,7 @@ class GaussianDiffusion:
         self.samplers = {"ddim": self.ddim_sample, "ddpm": self.ddpm_sample}
 
     def to(self, device) -> "GaussianDiffusion":
-        """Move the float32 tables to `device`, once. Returns self."""
+        """Move the float32 tables to `device`, in place. Returns self."""
         for name in ("alpha", "sigma", "noise_level_bounds"):
             setattr(self, name, getattr(self, name).to(device))
         return self
@@ -104,13 +105,13 @@ class GaussianDiffusion:
         if self.weighting == "plain":
             return torch.ones_like(self.alpha[t])
         alpha, sigma = self.alpha[t], self.sigma[t]
-        # an error in the output is so many times as large in x0_hat
+        # |d x0_hat / d out|: the error of x0_hat that an error of the output causes
         ratio = {"eps": sigma / alpha, "v": sigma, "x0": torch.ones_like(sigma)}[self.prediction]
         if self.weighting == "v":               # the error as an error in v; 0.05: JiT, 2511.13720
             return (ratio / sigma.clamp(min=0.05)).square()
-        return ratio.square() * (alpha / sigma).square().clamp(max=5)       # arXiv 2303.09556
+        return ratio.square() * (alpha / sigma).square().clamp(max=5)   # Min-SNR-5, 2303.09556
 
-    # ------------------------------------------------------------ back
+    # ------------------------------------------------------------ the reverse process: sampling
 
     def denoise(self, predict: Callable, xt: Tensor, t: int, clip: bool = True
                 ) -> tuple[Tensor, Tensor]:
@@ -165,7 +166,7 @@ class GaussianDiffusion:
         """`ddpm_sample` in fewer steps: Song et al., arXiv 2010.02502, eq. 12 and 16.
 
         Training fixes only how noisy each xt is, not how consecutive xt relate. So a step may go
-        from t straight to any earlier t_next: mix x0_hat and eps_hat anew in that proportion.
+        from t straight to any earlier t_next: mix x0_hat and eps_hat in t_next's proportions.
         Neither estimate changes much from one t to the next, and few large steps suffice.
         eta = 0 adds no noise: xT alone decides the sample. eta = 1 over all timesteps is DDPM.
         Yields (t, xt, x0_hat) for each of `ddim_timesteps(steps)`.
@@ -219,8 +220,8 @@ def classifier_free_guidance(model, y: Tensor, cfg_scale: float) -> Callable[[Te
 
     Ho & Salimans, arXiv 2207.12598, eq. 6 in the form DiT uses: cfg_scale = 1 is the plain
     conditional model, 0 the unconditional one (a single forward each), and above 1 exaggerates
-    what the class changes (both halves in one batch). Guiding the output guides eps just so: for
-    a given xt the one is linear in the other. `model.null_class` is the label "no class".
+    what the class changes (both halves in one batch). Guiding the output is the same as guiding
+    eps: for a given xt each is an affine function of the other. `model.null_class` is "no class".
     """
     null = torch.full_like(y, model.null_class)
 
@@ -253,7 +254,7 @@ if __name__ == "__main__":
 
         *_, (_, sample, _) = diffusion.ddim_sample(perfect, eps, steps=10)
         assert torch.allclose(sample, x0, atol=1e-3), "a perfect network leads back to x0"
-        print(f"{prediction:3}  target -> x0_hat, eps_hat: exact; 10 DDIM steps lead back to x0")
+        print(f"{prediction:3}  target -> x0_hat, eps_hat to 1e-3; 10 DDIM steps lead back to x0")
     print("   t  alpha_bar    alpha    sigma")
     for i in t.tolist():
         print(f"{i:4}  {diffusion.alpha_bar[i]:9.5f}  {diffusion.alpha[i]:7.4f}  "

@@ -122,7 +122,8 @@ class LabelEmbedder(nn.Module):
 
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) -> (B, N, D): the only place where tokens exchange
-    information. Each collects from all others (v) in proportion to how well they match (q k)."""
+    information. Each token's output is a weighted average of the values v of all tokens, with the
+    weights softmax(q k / sqrt(D / heads))."""
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -261,8 +262,9 @@ class DiT(nn.Module):
         nn.init.zeros_(self.x_embedder.proj.bias)
         for layer in (self.y_embedder.embedding_table, *self.t_embedder.mlp[::2]):
             nn.init.normal_(layer.weight, std=0.02)
-        for layer in [m.adaLN_modulation[-1] for m in self.modules()
-                      if hasattr(m, "adaLN_modulation")] + [self.final_layer.linear]:
+        modulations = [m.adaLN_modulation[-1] for m in self.modules()
+                       if hasattr(m, "adaLN_modulation")]
+        for layer in (*modulations, self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 

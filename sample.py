@@ -5,7 +5,7 @@
     python sample.py --cfg-scale 0 1 2 4                a grid for each guidance scale
     python sample.py --gif digits.gif --trajectory strip.png
 
-The checkpoint describes itself: its network, its process, its classes, and how to sample from it.
+A checkpoint stores its network, its process, its class names and its sampling defaults.
 From Python: `from sample import load, generate`, then `generate(load(), [3, 1, 4])`.
 """
 
@@ -40,7 +40,7 @@ from support.seeds import ImageNoise
 
 @dataclass
 class Checkpoint:
-    """A trained network with its process, its class names, and the sampling that suits it."""
+    """A trained network with its process, its class names and its sampling defaults."""
 
     model: DiT
     diffusion: GaussianDiffusion
@@ -84,7 +84,7 @@ def sample(checkpoint: Checkpoint, y: Tensor, seed: int, how: dict, batch_size: 
            first: int = 0, watch=None, bar=None) -> Iterator[Tensor]:
     """Batches of images for the labels y (N,), in their order: float32 (B, C, H, H) in [-1, 1].
 
-    how: sampler, steps, eta, cfg_scale, as `resolve_sampling` returns them. Image i has the noise
+    how: the dict that `resolve_sampling` returns. Image i has the noise
     of image first + i of `seed`, whatever the batch size. After each step `watch(t, xt, x0_hat,
     xt_next)` gets the network's input, its estimate of x0, and the result of the step; `bar` (a
     tqdm) counts images x steps.
@@ -117,10 +117,11 @@ def main(argv: list[str] | None = None) -> int:
     device = distributed.join(args.device)
     checkpoint = load(args.checkpoint, device, args.weights)
     scales = args.cfg_scale or [checkpoint.sampling["cfg_scale"]]
-    how = [resolve_sampling(checkpoint, s, args.steps, args.sampler, args.eta, args.precision)
-           for s in scales]
+    settings = [resolve_sampling(checkpoint, s, args.steps, args.sampler, args.eta, args.precision)
+                for s in scales]
+    steps = settings[0]["steps"]
 
-    # The labels: a row of the grid each, or near-square with one image per label
+    # One row of the grid per label, or a near-square grid with one image per label
     names = checkpoint.class_names
     labels = [parse_label(text, names) for text in args.labels or names[:10]]
     per_class = args.per_class or (1 if args.labels else 10)
@@ -128,21 +129,21 @@ def main(argv: list[str] | None = None) -> int:
     columns = per_class if per_class > 1 else math.ceil(math.sqrt(len(labels)))
     outputs = targets(args, len(y))
     distributed.say(f"{paths.short(checkpoint.path)}: step {checkpoint.step:,}"
-                    f"{'' if checkpoint.step else ' (untrained)'}, {how[0]['sampler']}, "
-                    f"{how[0]['steps']} steps, guidance {' '.join(f'{s:g}' for s in scales)}, "
-                    f"{len(y)} image{'s' * (len(y) > 1)}, seed {args.seed}")
+                    f"{'' if checkpoint.step else ' (untrained)'}, "
+                    f"{settings[0]['sampler']}, {steps} step{'s' * (steps > 1)}, guidance "
+                    f"{' '.join(f'{s:g}' for s in scales)}, {len(y)} image{'s' * (len(y) > 1)}, seed {args.seed}")
 
     # Sample, once for each guidance scale; under torchrun each process takes every n-th batch
     batches = list(torch.arange(len(y)).split(args.batch_size))
     mine = batches[distributed.rank() :: distributed.world_size()]
-    recorder = pictures.FrameRecorder(how[0]["steps"]) if args.gif or args.trajectory else None
+    recorder = pictures.FrameRecorder(steps) if args.gif or args.trajectory else None
     grids = []
-    with tqdm(total=sum(map(len, mine)) * how[0]["steps"] * len(scales), desc="sampling",
+    with tqdm(total=sum(map(len, mine)) * steps * len(scales), desc="sampling",
               unit="image-step", unit_scale=True, dynamic_ncols=True,
               disable=distributed.rank() > 0) as bar:
-        for each in how:
+        for how in settings:
             parts = [to_uint8(part).cpu() for batch in mine for part in sample(
-                checkpoint, y[batch], args.seed, each, args.batch_size, int(batch[0]), recorder,
+                checkpoint, y[batch], args.seed, how, args.batch_size, int(batch[0]), recorder,
                 bar)]
             grids.append(distributed.gather_parts(parts))
     distributed.shut_down()
