@@ -21,7 +21,8 @@ NAMES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3
          "t10k-labels-idx1-ubyte"]
 PARTS = ["tests", "profile", "training", "export", "samples", "guidance-1", "guidance-1.25",
          "guidance-1.5", "guidance-1.75", "guidance-2", "benchmark"]
-# Logs its arguments, writes the files that they name; with $HERE/PROGRAM, sleeps as long as it says and fails
+# Logs its arguments and writes the files that they name. Where there is a file $HERE/PROGRAM, it
+# sleeps for the seconds in it and fails.
 STAND_IN = r"""#!/usr/bin/env bash
 printf '%s\t' "$@" >> "$HERE/calls"; echo >> "$HERE/calls"
 name=$1; [ "$1" = -m ] && name=$2
