@@ -253,8 +253,10 @@ def _check_md5(path: Path, content: bytes, md5: str) -> None:
 
 
 def _download(dataset, root: Path, spec: str, folder: Path, names) -> None:
-    """torchvision's download, abandoned when it stalls. Raises DataMissing."""
-    errors = []
+    """torchvision's download, abandoned when it stalls. Raises DataMissing, and leaves no empty
+    folder that was not there before."""
+    errors, there = [], root.is_dir()
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
 
     def attempt() -> None:
         try:
@@ -284,9 +286,12 @@ def _download(dataset, root: Path, spec: str, folder: Path, names) -> None:
         errors.append(TimeoutError(f"no progress in {STALL_TIMEOUT} seconds"))
     missing = [name for name in names if not (folder / name).is_file()]
     if errors or missing:
+        for path in created:                # the innermost first
+            with contextlib.suppress(OSError):      # not empty: it holds what was downloaded
+                path.rmdir()
         raise DataMissing(
-            f"{spec} is not in {root} and cannot be downloaded "
-            f"({reason(errors[0]) if errors else 'files are missing'}): put "
+            f"{spec} is not in {root}{', which does not exist,' * (not there)} and cannot be "
+            f"downloaded ({reason(errors[0]) if errors else 'files are missing'}): put "
             f"{', '.join(missing or names)} into {folder}, or use --dataset glyphs")
 
 

@@ -351,6 +351,18 @@ def test_without_data_and_network_the_files_are_named(spec, files, tmp_path, mon
     assert socket.getdefaulttimeout() is None
 
 
+@pytest.mark.parametrize("spec", ["mnist", "cifar10"])
+def test_a_failed_download_leaves_no_folder_behind(spec, tmp_path, monkeypatch):
+    """A mistyped --data-dir would otherwise look like a folder of classes afterwards."""
+    offline(monkeypatch)
+    (tmp_path / "kept").mkdir()
+    line = refused(data.load, spec, tmp_path / "kept" / "typo" / "deep")
+    assert f"{spec} is not in " in line and "typo/deep, which does not exist, and cannot" in line
+    assert list(tmp_path.rglob("*")) == [tmp_path / "kept"]
+    assert "does not exist" not in refused(data.load, spec, tmp_path / "kept")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "kept"]
+
+
 def test_what_torchvision_prints_is_suppressed(tmp_path, monkeypatch, capsys):
     def download(self):
         print("Failed to download (trying next):\n")
