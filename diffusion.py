@@ -11,9 +11,9 @@ Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models" (DDPM), arXiv 2006
                                                                                    guidance
 x0 is a clean image in [-1, 1], eps standard normal noise, xt the mixture of both; `_hat` marks the
 network's estimates. beta_t is the variance of the noise added at step t; alpha_bar_t, the product
-of (1 - beta) over all steps up to t, is the share of the image's variance that is left. Two abbreviations, after
-Salimans & Ho: alpha = sqrt(alpha_bar) and sigma = sqrt(1 - alpha_bar), so alpha^2 + sigma^2 = 1.
-(DDPM's own alpha_t is 1 - beta_t; it does not occur here.)
+of (1 - beta) over all steps up to t, is the share of the image's variance that is left. Two
+abbreviations, after Salimans & Ho: alpha = sqrt(alpha_bar) and sigma = sqrt(1 - alpha_bar), so
+alpha^2 + sigma^2 = 1. (DDPM's own alpha_t is 1 - beta_t; it does not occur here.)
 
 Timesteps are t = 0..999, the paper's 1..1000 less one: t = 0 is the least noisy image, x_{-1} is
 x0 itself, and the step from t = 0 adds no noise. `python diffusion.py` checks q_sample, target,
