@@ -90,9 +90,8 @@ def arguments_for(cls: type, offered: dict) -> dict:
             if name in offered or p.default is not p.empty}
 
 
-def network_for(args, sizes: dict) -> tuple[type[nn.Module], dict]:
-    """The class that --network names and all its arguments: sizes, what the process asks for, and
-    the flags of variants. Raises UserError where a flag or the process does not go with it."""
+def check_flags(args) -> None:
+    """Raise UserError where --network, --process and the flags of variants do not go together."""
     network, process = network_class(args.network), process_class(args.process)
     asked = getattr(process, "network_arguments", {})
     if missing := [name for name in asked if name not in arguments(network)]:
@@ -100,8 +99,18 @@ def network_for(args, sizes: dict) -> tuple[type[nn.Module], dict]:
                         f"{', '.join(missing)}, which --network {args.network} lacks")
     for name in _variant_flags(args):
         if name not in arguments(network) | arguments(process):
+            takers = [f"--network {n}" for n in NETWORKS if name in arguments(network_class(n))]
+            takers += [f"--process {n}" for n in PROCESSES if name in arguments(process_class(n))]
             raise UserError(f"--{name.replace('_', '-')} does not apply to --network "
-                            f"{args.network} and --process {args.process}")
+                            f"{args.network} and --process {args.process}: add "
+                            f"{' or '.join(takers)}")
+
+
+def network_for(args, sizes: dict) -> tuple[type[nn.Module], dict]:
+    """The class that --network names and all its arguments: sizes, what the process asks for, and
+    the flags of variants."""
+    network, process = network_class(args.network), process_class(args.process)
+    asked = getattr(process, "network_arguments", {})
     return network, arguments_for(network, {**sizes, **asked, **_variant_flags(args)})
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from support import checkpoints, data, distributed, paths, settings
+from support import checkpoints, components, data, distributed, paths, settings
 from support.cli import UserError, atomic_write, io_errors, reason
 from support.distributed import StepRandom, broadcast_from_rank0
 from support.folders import (
@@ -56,6 +56,7 @@ class Run:
         self.resumed, recipe, content = broadcast_from_rank0(start)
         self.args = defaults.resolve(given, self.device.type, recipe,
                                      settings.inherited_from(content))
+        components.check_flags(self.args)
         self.initial_weights = content and checkpoints.weights_in(content, given["init_from"])
         self.share = distributed.share_of(self.args.batch_size, self.args.grad_accum)
         self.start = self.resumed["step"] if self.resumed else 0

@@ -17,7 +17,7 @@ import sample
 from conftest import ROOT, load, tensors_equal
 from diffusion import GaussianDiffusion, classifier_free_guidance
 from dit import MODELS, Attention, DiT, DiTBlock, Mlp
-from support import checkpoints, components
+from support import checkpoints, components, data
 from support.cli import UserError
 from support.folders import checkpoints_in
 from tools import evaluate, export
@@ -88,7 +88,12 @@ def test_names_outside_the_registry_are_refused(train):
 
 
 def test_flags_and_processes_that_do_not_go_with_a_network_are_refused(train, monkeypatch):
-    with pytest.raises(UserError, match="--registers does not apply to --network dit"):
+    def unexpected(*arguments):
+        raise AssertionError("the data was loaded before the flags were checked")
+
+    monkeypatch.setattr(data, "load", unexpected)
+    with pytest.raises(UserError, match="--registers does not apply to --network dit and --process "
+                                        "ddpm: add --network registers$"):
         train("--steps", 1, "--registers", 2)
     with pytest.raises(UserError, match="2000 is not an integer of at least 0 and at most 1,024"):
         train("--steps", 1, "--network", "registers", "--registers", 2000)
