@@ -99,18 +99,32 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors that suggest the flag that was probably meant."""
+    """argparse with one-line errors that suggest the flag or choice that was probably meant.
 
-    def __init__(self, description: str, **options):
+    hints: what to say of a flag that does not exist, where a similar name would mislead.
+    """
+
+    def __init__(self, description: str, hints: dict[str, str] | None = None, **options):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.hints = hints or {}
 
     def error(self, message: str):
         known = [o for action in self._actions for o in action.option_strings]
-        for word in re.findall(r"unrecognized arguments: (.*)", message):
-            close = difflib.get_close_matches(word.split()[0].split("=")[0], known, 1)
-            message += f" (did you mean {close[0]}?)" if close else ""
+        hint = ""
+        if found := re.search(r"unrecognized arguments: ([^\s=]*)", message):
+            hint = self.hints.get(found[1]) or _did_you_mean(found[1], known)
+        elif found := re.search(r"invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
+            hint = _did_you_mean(found[1], [name.strip("'") for name in found[2].split(", ")])
+        message += f" ({hint})" if hint else ""
         raise UserError(f"{message}; --help shows every flag")
+
+
+def _did_you_mean(word: str, names: list[str]) -> str:
+    """The name that is nearest to a word, as a question; "" where none is near."""
+    lower = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(word.lower(), lower, 1)
+    return f"did you mean {lower[close[0]]}?" if close else ""
 
 
 def number(kind: type, low: float, high: float | None = None, open_high: bool = False):

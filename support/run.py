@@ -115,7 +115,8 @@ class Run:
         try:
             network = cls(**arguments)
         except ValueError as error:
-            raise UserError(f"--model {model}: {error}") from None
+            side = self.about_data["image_size"]
+            raise settings.unfit_model(model, side, error) from None
         if self.initial_weights:
             misfits = checkpoints.load_fitting(network, self.initial_weights)
             distributed.say(f"weights from {self.given['init_from']}; the others are initialised:",

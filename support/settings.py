@@ -79,7 +79,8 @@ class Settings:
 
     def parser(self, description: str = "") -> Parser:
         """What is not given is absent from the parsed namespace."""
-        p = Parser(description, argument_default=argparse.SUPPRESS)
+        p = Parser(description, argument_default=argparse.SUPPRESS, hints={
+            "--patch-size": "the patch size is part of --model, for example DiT-Nano/4"})
 
         def add(group, flag: str, text: str, **options) -> None:
             key = flag[2:].replace("-", "_")
@@ -194,7 +195,20 @@ def read_config(path: Path) -> dict:
 def largest_fitting_patch(model: str, size: int) -> str:
     """A preset's model for images of `size` pixels: with the largest patch among its variants in
     dit.MODELS that divides them; unchanged where none does."""
-    variants = [m for m in MODELS if m.split("/")[0] == model.split("/")[0]]
-    patches = {MODELS[m]["patch_size"]: m for m in variants if size % MODELS[m]["patch_size"] == 0}
-    return model if size % MODELS[model]["patch_size"] == 0 or not patches else \
-        patches[max(patches)]
+    found = fitting_models(model, size)
+    return model if model in found or not found else \
+        max(found, key=lambda name: MODELS[name]["patch_size"])
+
+
+def fitting_models(model: str, size: int) -> list[str]:
+    """The models of dit.MODELS that differ from `model` in the patch at most, and whose patches
+    divide images of `size` pixels."""
+    return [m for m in MODELS if m.split("/")[0] == model.split("/")[0]
+            and size % MODELS[m]["patch_size"] == 0]
+
+
+def unfit_model(model: str, size: int, error: ValueError) -> UserError:
+    """What to say where a network refuses its sizes: the models that fit, where it is the patch."""
+    found = fitting_models(model, size)
+    remedy = f"use {' or '.join(found)}" if found else "choose another --image-size"
+    return UserError(f"--model {model}: {error}" + f": {remedy}" * (model not in found))

@@ -321,7 +321,8 @@ def test_mistakes_are_one_line(pair, train):
     assert "has 100" in refused("forward", *GLYPHS, "--images", 101)
     assert "empty" in refused("forward", "--data-dir", "empty", "--dataset", "folder:empty")
     assert "is not available" in refused("forward", *GLYPHS, "--device", "cuda:77")
-    assert "Fig" in refused("FIG") or "invalid choice" in refused("FIG")
+    assert "invalid choice: 'FIG'" in refused("FIG")
+    assert "did you mean attention?" in refused("atention", "v")
     assert train("--steps", 1, "--image-size", 14, "--out", "small") == 0
     assert "input_size 14" in refused("x0hat", "v", "small")
 

@@ -510,7 +510,8 @@ def test_the_presets_model_takes_a_patch_that_divides_the_images(train, monkeypa
         train_mnist.main([*flags, "--image-size", str(size), "--out", f"run{size}"])
         assert load(f"run{size}/step_0000001.pt")["config"]["recipe"]["model"] == name
     train_mnist.main(["--resume", "--out", "run32", "--steps", "2"])
-    with pytest.raises(UserError, match="patch size 7 does not divide image size 32"):
+    with pytest.raises(UserError, match="patch size 7 does not divide image size 32 .*: use "
+                                        "DiT-Nano/2 or DiT-Nano/4$"):
         train_mnist.main([*flags, "--image-size", "32", "--model", "DiT-Nano/7"])
     with pytest.raises(UserError, match="does not divide image size 29"):
         train_mnist.main([*flags, "--image-size", "29"])
@@ -579,6 +580,19 @@ def test_without_mnist_a_user_who_named_it_is_told(train, monkeypatch, flags):
 
 
 # ---------------------------------------------------------------- what goes wrong on the way
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--stesp", "3"], r"unrecognized arguments: --stesp 3 \(did you mean --steps\?\)"),
+    (["--patch-size", "4"], r"--patch-size 4 \(the patch size is part of --model, for example "
+                            r"DiT-Nano/4\); --help"),
+    (["--model", "dit-nano/4"], r"'dit-nano/4' .*\(did you mean DiT-Nano/4\?\); --help"),
+    (["--process", "rectifiedflow"], r"\(did you mean rectified-flow\?\)"),
+    (["--prediction", "score"], r"'score' \(choose from [^(]*\); --help"),     # nothing is close
+])
+def test_a_mistyped_flag_or_choice_is_answered_with_the_nearest(flags, message):
+    with pytest.raises(UserError, match=message):
+        train_mnist.main(flags)
 
 
 @pytest.mark.parametrize("log_every, bad", [(5, 7), (1, 1), (100, 3)])

@@ -347,8 +347,11 @@ def test_the_documented_table_is_what_the_command_prints(capsys):
     for name, *numbers in rows:
         documented = next(line for line in DOCS.splitlines() if line.startswith(name + " |"))
         assert " | ".join(numbers).rstrip(" |") in documented
-    with pytest.raises(UserError, match="patch size 7 does not divide image size 30"):
+    with pytest.raises(UserError, match="patch size 7 does not divide image size 30 .*: use "
+                                        "DiT-Nano/2$"):
         count.main(["--image-size", "30"])
+    with pytest.raises(UserError, match="image size 31 .*: choose another --image-size$"):
+        count.main(["--image-size", "31"])
 
 
 # ---------------------------------------------------------------- learned variance

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit import MODELS
 from support import components
-from support.cli import COUNT, SIDE, Parser, UserError, run_command, say
+from support.cli import COUNT, SIDE, Parser, run_command, say
+from support.settings import unfit_model
 
 
 def count(network: type[nn.Module], **arguments) -> tuple[int, int]:
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             parameters, products = count(network, **components.arguments_for(network, sizes))
         except ValueError as error:
-            raise UserError(f"--model {args.model}: {error}") from None
+            raise unfit_model(args.model, args.image_size, error) from None
         say(f"| {name} | {parameters:,} | {products / 1e6:,.2f} million |")
     return 0
 
