@@ -68,7 +68,8 @@ class Net(nn.Module):
 
     def forward(self, x, t, y):
         CALLS.append((len(x), t.tolist(), y.tolist(), self.training, x.detach().clone()))
-        return torch.cat([self.scale * x, x], dim=1)
+        weight = self.scale * torch.where(y == 10, 2, 1)        # 10: no class
+        return torch.cat([weight.view(-1, 1, 1, 1) * x, x], dim=1)
 
 def broken(hidden_size):
     raise ValueError("no such width")
@@ -303,7 +304,7 @@ def test_the_published_sampler_is_ddpm_with_guidance(theirs, monkeypatch):
     torch.manual_seed(1)
     xt, process = torch.randn(2, 1, 28, 28), GaussianDiffusion(prediction="eps")
     for t in reversed(range(1000)):
-        x0_hat, _ = process.x0_and_eps(0.5 * xt, xt, t)
+        x0_hat, _ = process.x0_and_eps((1 + 3 * (0.5 - 1)) * xt, xt, t)
         xt, _ = process.q_posterior(x0_hat, xt, t)
     assert torch.allclose(found, xt, rtol=1e-3, atol=1e-3 * xt.abs().max().item())
     calls.clear()
