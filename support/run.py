@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from support.resume import Start, clear_partial_writes, find_start
 from support.seeds import mix_seed
 
 NEVER = 2**62       # later than any step
+RECENT = 100        # steps whose mean loss the summary has, as the README's tables
 
 
 class Run:
@@ -225,8 +227,12 @@ class Run:
         if self.saved_at != done:
             raise UserError(f"step {done} could not be saved; the last checkpoint is {newest}",
                             status=1)
-        distributed.say(f"{done - self.start:,} steps in {self.seconds / 60:.1f} minutes, loss "
-                        f"{self.metrics.loss:.4f}; saved: {newest}")
+        took = (f"{self.seconds / 60:.1f} minutes" if self.seconds >= 60 else
+                f"{self.seconds:.2g} seconds")
+        recent = self.metrics.recent
+        distributed.say(f"{done - self.start:,} steps in {took}, loss "
+                        f"{sum(recent) / len(recent):.4f} (last {len(recent)} steps); saved: "
+                        f"{newest}")
         if done < self.args.steps:
             device = ["--device", self.args.device] if self.args.device else []
             distributed.say(f"stopped at step {done:,} of {self.args.steps:,}; to continue: "
@@ -317,7 +323,9 @@ class Metrics:
         self.columns: list[str] = []
         self.first_bad = torch.full((), NEVER, device=run.device, dtype=torch.int64)
         self.unwritten: list[str] = []
-        self.loss = float("nan")
+        before = read_metrics(run.folder / "metrics.jsonl") if run.start else []
+        self.recent = deque((row["loss"] for row in before if isinstance(row.get("loss"), float)),
+                            maxlen=RECENT)
 
     @contextlib.contextmanager
     def progress_bar(self) -> Iterator[None]:
@@ -370,8 +378,8 @@ class Metrics:
                 f"lower --lr, a longer --warmup or --precision fp32", status=1)
         seconds = time.perf_counter() - self.clock
         self.restart_clock()
-        self.loss = sum(row[0] for row in rows) / count
-        self.bar.set_postfix_str(f"loss {self.loss:.4f}, "
+        self.recent.extend(row[0] for row in rows)
+        self.bar.set_postfix_str(f"loss {sum(row[0] for row in rows) / count:.4f}, "
                                  f"{count * self.run.args.batch_size / seconds:,.0f} images/s",
                                  refresh=False)
 

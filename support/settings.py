@@ -44,9 +44,11 @@ class Settings:
             recorded = self.checked(recorded)
             for key, value in given.items():
                 if key not in FREE and not _same(key, value, recorded[key]):
-                    raise UserError(f"--{key.replace('_', '-')} {value} differs from the "
-                                    f"checkpoint's {shorten(recorded[key])}: a resumed run keeps "
-                                    f"its recipe")
+                    flag = f"--{key.replace('_', '-')}"
+                    raise UserError(f"{flag} {value} differs from the "
+                                    f"checkpoint's {shorten(recorded[key])}, and a resumed run "
+                                    f"keeps its recipe: leave {flag} out, or start a new run with "
+                                    f"--init-from CKPT")
             if given.get("steps", recorded["steps"]) != recorded["steps"]:
                 distributed.say(f"the learning-rate schedule changes: {recorded['steps']:,} steps "
                                 f"before, {given['steps']:,} now")
@@ -142,7 +144,8 @@ class Settings:
         add(g, "--decay", "share of the run over which they fall to 0", type=number(float, 0, 1))
         add(g, "--weight-decay", "of both optimizers", type=number(float, 0))
         add(g, "--clip", "gradient clipping: largest norm, 0 for none", type=number(float, 0))
-        add(g, "--ema-decay", "of the EMA, per step", type=number(float, 0, 1, True))
+        add(g, "--ema-decay", "of the EMA, per step; reached gradually: (1 + step) / (10 + "
+            "step)", type=number(float, 0, 1, True))
         g = p.add_argument_group("speed")
         add(g, "--precision", "of the matrix products: auto, bf16, fp16 or fp32 (TF32 on a GPU)",
             choices=("auto", "bf16", "fp16", "fp32"))
@@ -150,7 +153,8 @@ class Settings:
             "with a GPU where a compiler is found)",
             action=argparse.BooleanOptionalAction)
         g = p.add_argument_group("logging and checkpoints")
-        add(g, "--log-every", "steps between readings of the loss", type=number(int, 1, 100_000))
+        add(g, "--log-every", "steps between updates of metrics.jsonl and the progress bar "
+            "(every step is recorded)", type=number(int, 1, 100_000))
         add(g, "--preview-every", "steps between sample grids", type=COUNT)
         add(g, "--save-every", "steps between checkpoints", type=COUNT)
         add(g, "--keep", "checkpoints kept, the last ones", type=COUNT)

@@ -167,7 +167,9 @@ def test_a_run_killed_between_config_and_first_checkpoint_starts_with_its_recipe
     assert Path(folder, "config.json").is_file() and not checkpoints_in(folder)
     with pytest.raises(UserError, match="output/001-x already holds a run"):
         train("--steps", 4, "--out", folder)
-    with pytest.raises(UserError, match="--lr 0.5 differs from the checkpoint's 0.01"):
+    with pytest.raises(UserError, match="--lr 0.5 differs from the checkpoint's 0.01, and a "
+                                        "resumed run keeps its recipe: leave --lr out, or start a "
+                                        "new run with --init-from CKPT"):
         train("--resume", "--lr", 0.5)
     capsys.readouterr()
     assert train("--resume") == 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -465,6 +466,17 @@ def test_a_run_describes_itself(train, checkpoint, capsys):
     rows = read_metrics(Path("run/metrics.jsonl"))
     assert [r["step"] for r in rows] == [1, 2, 3]
     assert set(rows[0]) == {"step", "loss", "loss_eps", "grad_norm", "lr"}
+
+
+@pytest.mark.parametrize("steps", [7, 130])
+def test_the_summary_has_the_mean_loss_of_the_last_100_steps(train, capsys, steps):
+    """Also where the run was stopped and resumed, and however often the loss is read."""
+    train("--steps", steps, "--log-every", 3, "--stop-after", steps - 5, "--out", "run")
+    train("--resume", "--out", "run")
+    last = losses("run")[-100:]
+    line, = re.findall("^5 steps in .*$", capsys.readouterr().out, re.MULTILINE)
+    assert re.fullmatch(f"5 steps in [0-9.]+ seconds, loss {sum(last) / len(last):.4f} "
+                        rf"\(last {len(last)} steps\); saved: .*", line)
 
 
 def test_the_last_line_is_the_command_that_samples(train, capsys):
