@@ -122,7 +122,7 @@ def parser(description: str) -> Parser:
                    "(default: the newest under output/, else the one that ships)")
     g = p.add_argument_group("what")
     g.add_argument("--labels", nargs="+", metavar="LABEL", help="class names, number words or "
-                   "indices, a row each (default: the first ten classes)")
+                   "indices; a row each with --per-class above 1 (default: the first ten classes)")
     g.add_argument("--per-class", type=number(int, 1, 100_000), metavar="N",
                    help="images per label (default: 10, or 1 with --labels)")
     g.add_argument("--seed", type=SEED, default=0, help="seed of the noise (default: 0)")
