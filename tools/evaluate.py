@@ -4,7 +4,7 @@
     python -m tools.evaluate CKPT --images 10000 --cfg-scale 1.5 --seeds 3 --json report.json
     python -m tools.evaluate samples.npz        any model's: arr_0 uint8 (N, H, W, C), arr_1 labels
     python -m tools.evaluate FOLDER             images, or a folder of images per class
-    python -m tools.evaluate --train-ruler      train the ruler of --dataset (tools/ruler.py)
+    python -m tools.evaluate --train-ruler      train the classifier that measures (tools/ruler.py)
 
 A distance means little alone, so the table has two baselines: as many images of the test set, and a
 random part of the training set against the rest of it, both class-balanced as the samples are. In
@@ -414,8 +414,8 @@ def main(argv: list[str] | None = None) -> int:
     title, about, make = (from_files(args, path, train) if files else
                           from_checkpoint(args, path, state, device))
     ruler, known, ruler_file = rulers.find(train, test, device)
-    say(title, f"ruler: {ruler_file.name}, accuracy {known['test_accuracy']:.2%} on the test set "
-        f"of {train.name}")
+    say(title, f"measured with the classifier {ruler_file.name} (the ruler), accuracy "
+        f"{known['test_accuracy']:.2%} on the test set of {train.name}")
 
     # Measure
     images, labels = make()
@@ -473,7 +473,7 @@ def parser() -> Parser:
     g.add_argument("--seeds", type=COUNT, metavar="K", help="sample K times, with seeds from "
                    "--seed on: mean ± standard deviation (default: 1)")
     add_sampling_flags(p)
-    g = p.add_argument_group("the real images, and the ruler")
+    g = p.add_argument_group("the real images, and the classifier that measures (the ruler)")
     g.add_argument("--dataset", help="mnist, fashion_mnist, cifar10, glyphs or folder:PATH "
                    "(default: the checkpoint's, else mnist)")
     g.add_argument("--data-dir", metavar="DIR", help="where the data set is, or is downloaded to "
