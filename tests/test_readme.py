@@ -137,7 +137,8 @@ def test_links_lead_somewhere_and_pictures_are_pictures(name):
 def test_files_that_are_named_exist(name):
     for path in re.findall(r"`((?:tests|tools|support|variants|assets|docs)/[\w./-]+\.\w+)`",
                            DOCUMENTS[name]):
-        assert (ROOT / path).exists(), path
+        written_by_the_reader = path == "variants/toy.py"
+        assert written_by_the_reader or (ROOT / path).exists(), path
 
 
 def test_the_readme_shows_its_pictures():
