@@ -75,7 +75,7 @@ def test_forward_draws_xt_of_each_t(train, sheets, capsys):
     assert Image.open("a.png").width > 4 * 84 and "written: a.png" in capsys.readouterr().out
     rows, _names, heads, feet = sheets[0]
     assert heads == ["x0", "t = 0", "t = 500", "t = 999"]
-    assert feet[1:] == ["alpha_bar\n0.99990", "alpha_bar\n0.078", "alpha_bar\n0.00004"]
+    assert feet[1:] == ["alpha\n0.99995", "alpha\n0.279", "alpha\n0.006"]
     x0, a = torch.stack([row[0] for row in rows]), GaussianDiffusion().alpha_bar
     eps = [(torch.stack([row[i + 1] for row in rows]) - a[t].sqrt() * x0) / (1 - a[t]).sqrt()
            for i, t in enumerate((0, 500, 999))]
@@ -170,6 +170,17 @@ def test_attention_draws_a_row_per_image_and_t(pair, sheets):
     rows, names, heads, _feet, group = sheets[0]
     assert names == ["t = 900", "t = 0"] * 2 and group == 2
     assert heads == ["xt", "block 0, %", "block 1, %"] and {len(row) for row in rows} == {3}
+
+
+@pytest.mark.parametrize("network", ["in-context", "registers"])
+def test_attention_leaves_out_tokens_that_are_not_the_images(train, sheets, network):
+    """They stand behind the image's; a patch attends to them as well."""
+    train("--steps", 1, "--network", network, "--out", network)
+    assert run("attention", network, "--images", 1, "--times", 500, "--out", "a.png") == 0
+    assert len(sheets[0][0][0]) == 3
+    model, _ = checkpoints.build(load(f"{network}/step_0000001.pt"))
+    for weights in figures.attention_weights(model, torch.randn(1, 1, 28, 28), 9, torch.arange(1)):
+        assert weights.shape == (1, 16, 16) and (weights.sum(-1) < 0.99).all()
 
 
 def test_an_overlay_outlines_the_query_and_colours_what_it_attends_to():

@@ -133,14 +133,14 @@ def sheet(rows: list, names: list[str], heads: list[str], feet: list[str], group
 
 
 def forward(args: Namespace, device: torch.device) -> Image.Image:
-    """x0 and its xt at each of --times, alpha_bar below them: DDPM eq. 4."""
+    """x0 and its xt at each of --times, alpha (the share of x0) below them: DDPM eq. 4."""
     diffusion = GaussianDiffusion().to(device)
     x0, _ = load_images(args, None, device)
     rows = torch.stack([x0, *noised(diffusion, x0, args)], dim=1)       # (N, columns, C, H, H)
-    bars = [diffusion.alpha_bar[t].item() for t in args.times]
-    feet = [f"{bar:.5f}" if bar < 0.001 or bar > 0.999 else f"{bar:.3f}" for bar in bars]
+    alphas = [diffusion.alpha_bar[t].sqrt().item() for t in args.times]
+    feet = [f"alpha\n{alpha:.5f}" if alpha > 0.999 else f"alpha\n{alpha:.3f}" for alpha in alphas]
     return sheet(list(rows), [""] * len(rows), ["x0"] + [f"t = {t}" for t in args.times],
-                 [""] + [f"alpha_bar\n{foot}" for foot in feet])
+                 ["", *feet])
 
 
 @torch.no_grad()
@@ -185,17 +185,19 @@ def guidance(args: Namespace, device: torch.device) -> Image.Image:
 
 @torch.no_grad()
 def attention_weights(model, xt: Tensor, t: int, y: Tensor) -> list[Tensor]:
-    """For each block, how much each patch attends to each: (B, N, N), rows sum to 1, the mean of
-    the heads. Computed from the queries and keys of a forward."""
+    """For each block, how much each patch attends to each: (B, N, N), the mean of the heads. Rows
+    sum to 1, or less where the network has further tokens, behind the patches: what goes to those
+    is left out. Computed from the queries and keys of a forward."""
     layers = [m for m in model.modules() if isinstance(m, Attention)]
     if not layers:
         raise UserError("this network has no attention of dit.py")
-    found = []
+    found, N = [], (model.input_size // model.patch_size) ** 2
 
     def hook(layer: Attention, qkv: Tensor) -> None:
-        B, N, D = qkv.shape
-        q, k, _ = qkv.reshape(B, N, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
-        found.append((q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1).mean(dim=1))
+        B, tokens, _ = qkv.shape
+        q, k, _ = qkv.reshape(B, tokens, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1).mean(dim=1)
+        found.append(weights[:, :N, :N])
 
     hooks = [layer.qkv.register_forward_hook(lambda _m, _in, out, layer=layer: hook(layer, out))
              for layer in layers]
