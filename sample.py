@@ -131,7 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     distributed.say(f"{paths.short(checkpoint.path)}: step {checkpoint.step:,}"
                     f"{'' if checkpoint.step else ' (untrained)'}, "
                     f"{settings[0]['sampler']}, {steps} step{'s' * (steps > 1)}, guidance "
-                    f"{' '.join(f'{s:g}' for s in scales)}, {len(y)} image{'s' * (len(y) > 1)}, seed {args.seed}")
+                    f"{' '.join(f'{s:g}' for s in scales)}, {len(y)} image{'s' * (len(y) > 1)}, "
+                    f"seed {args.seed}")
 
     # Sample, once for each guidance scale; under torchrun each process takes every n-th batch
     batches = list(torch.arange(len(y)).split(args.batch_size))

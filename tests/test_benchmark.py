@@ -413,7 +413,7 @@ time.sleep(1000)""")
     found = FIRST_STEP(ARGS, CPU, None)["first_step"]
     assert 0.3 < found["seconds"] < 60 and started[0].poll() is not None
     if hasattr(os, "wait4"):
-        assert 200 < found["memory_mb"] < 1000
+        assert 200 < found["memory_mb"] < 4000       # of the child; it may inherit a peak
     assert f"first step: {found['seconds']:.1f} s" in capsys.readouterr().out
     words = started[0].args[2:]
     given = vars(Settings(train_mnist.RECIPE, train_mnist.PRESETS).parser().parse_args(words))

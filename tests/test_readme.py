@@ -173,9 +173,10 @@ def test_the_listing_trains_and_samples(here, monkeypatch):
     short = re.sub(r"\bsteps, B = \d+, \d+", "steps, B = 20, 8", listing)
     short = re.sub(r"\bsteps=\d+\b", "steps=3", short)
     assert short.count("steps, B = 20, 8") == short.count("steps=3") == 1
+    torch.manual_seed(0)
     names: dict = {}
     exec(compile(short, "README.md", "exec"), names)
-    assert names["step"] == 19 and 0 < names["loss"].item() < 1.5
+    assert names["step"] == 19 and 0 < names["loss"].item() < 5     # from about 10 at the start
     assert names["xt"].shape == (10, 1, 28, 28) and names["xt"].isfinite().all()
     with Image.open("digits.png") as picture:
         assert picture.width > 10 * 28
