@@ -5,6 +5,7 @@ import gzip
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -136,7 +137,7 @@ def test_a_part_that_fails_or_takes_too_long_leaves_the_others(slot):
     (slot.here / "pytest").write_text("0")
     (slot.here / "tools.evaluate").write_text("20")
     text = slot(EVALUATE_LIMIT=1, SCALES="1 3")
-    assert "tests: status 1" in text and "guidance-3: status 124 after 1 s" in text
+    assert "tests: status 1" in text and re.search(r"guidance-3: status 124 after \d+ s", text)
     assert slot.status == 1 and "unfinished: tests guidance-1 guidance-3" in text
     assert "benchmark: status 0" in text
     (slot.here / "pytest").unlink()
