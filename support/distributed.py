@@ -89,8 +89,8 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def should_compile(wanted: bool | None, device: torch.device) -> bool:
-    """--compile or --no-compile; by default on a GPU where a compiler is found. On a CPU it pays for
-    a whole run, but delays the first step by most of a minute (docs/experiments.md)."""
+    """--compile or --no-compile; by default on a GPU where a compiler is found. On a CPU it pays
+    for a whole run, but delays the first step by most of a minute (docs/experiments.md)."""
     if wanted is None:
         try:
             check_compiler(device)
