@@ -66,7 +66,7 @@ def load(path: str | Path | None = None, device: str | torch.device | None = Non
 
 def generate(checkpoint: Checkpoint, labels: Sequence[int | str], cfg_scale: float | None = None,
              steps: int | None = None, seed: int = 0, sampler: str | None = None,
-             eta: float | None = None, precision: str = "fp32", batch_size: int = 250) -> Images:
+             eta: float | None = None, precision: str = "auto", batch_size: int = 250) -> Images:
     """Images of the classes `labels` (indices, class names or number words): a float32 tensor
     (N, C, H, W) in [-1, 1], on the checkpoint's device. A notebook shows it as a grid.
 

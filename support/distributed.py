@@ -20,6 +20,8 @@ from support import cli
 from support.cli import UserError
 from support.seeds import generator
 
+COMPILE_PAYS = 3000     # CPU: steps of the preset's model after which a cold compiler has paid
+
 # ---------------------------------------------------------------- devices and number formats
 
 
@@ -64,6 +66,12 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "fp32"
 
 
+def sampling_precision(name: str, device: torch.device) -> str:
+    """As `pick_precision`, where "auto" is bf16 or fp32: the same digits to the eye and to the
+    ruler (docs/experiments.md, "Speed of sampling")."""
+    return name if name != "auto" else "bf16" if pick_precision(name, device) == "bf16" else "fp32"
+
+
 def under_autocast(model: nn.Module, device: torch.device, precision: str) -> Callable:
     """The model as a function whose forward, and nothing around it, runs in `precision`.
 
@@ -88,15 +96,15 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
-def should_compile(wanted: bool | None, device: torch.device) -> bool:
-    """--compile or --no-compile; by default on a GPU where a compiler is found. On a CPU it pays
-    for a whole run, but delays the first step by most of a minute (docs/experiments.md)."""
+def should_compile(wanted: bool | None, device: torch.device, steps: int) -> bool:
+    """--compile or --no-compile; by default where a compiler is found and pays within the `steps`
+    of the run: always on a GPU, in long runs on a CPU (docs/experiments.md), not on mps."""
     if wanted is None:
         try:
             check_compiler(device)
         except UserError:
             return False
-        return device.type == "cuda"
+        return device.type == "cuda" or device.type == "cpu" and steps >= COMPILE_PAYS
     if wanted:
         check_compiler(device)
     return wanted

@@ -50,10 +50,10 @@ def parse_label(label: str | int, class_names: list[str]) -> int:
 
 def resolve_sampling(checkpoint, cfg_scale: float | None = None, steps: int | None = None,
                      sampler: str | None = None, eta: float | None = None,
-                     precision: str = "fp32", latents: bool = False) -> dict:
+                     precision: str = "auto", latents: bool = False) -> dict:
     """sampler, steps, eta, cfg_scale: the values given, else those that the checkpoint suggests;
-    precision; and `options`, the arguments of that sampler. Raises UserError where they do not go
-    together."""
+    precision, for the checkpoint's device; and `options`, the arguments of that sampler. Raises
+    UserError where they do not go together."""
     process, suggested = checkpoint.diffusion, checkpoint.sampling
     if suggested.get("latents") and not latents:
         raise UserError(f"{checkpoint.path} makes latents, not images: python -m tools.latents "
@@ -76,6 +76,7 @@ def resolve_sampling(checkpoint, cfg_scale: float | None = None, steps: int | No
         raise UserError(f"--steps {steps}: the process has {total}")
     eta = suggested["eta"] if eta is None else eta
     options = {k: v for k, v in {"steps": steps, "eta": eta}.items() if k in accepted}
+    precision = distributed.sampling_precision(precision, next(checkpoint.model.parameters()).device)
     return dict(sampler=sampler, steps=steps, eta=eta, options=options, precision=precision,
                 cfg_scale=suggested["cfg_scale"] if cfg_scale is None else cfg_scale)
 
@@ -154,9 +155,9 @@ def add_sampling_flags(p: Parser, several: bool = False) -> None:
                    "much as ddpm")
     g.add_argument("--weights", choices=("ema", "model"), default="ema",
                    help="the EMA weights or the last ones (default: ema)")
-    g.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="number "
-                   "format of the matrix products (default: fp32; bf16 is faster where the "
-                   "hardware has it)")
+    g.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+                   help="number format of the matrix products (default: bf16 where the hardware "
+                   "has it, else fp32)")
     g.add_argument("--batch-size", type=BATCH, default=250, metavar="N",
                    help="images at a time (default: 250)")
     g.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")

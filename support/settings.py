@@ -149,8 +149,8 @@ class Settings:
         g = p.add_argument_group("speed")
         add(g, "--precision", "of the matrix products: auto, bf16, fp16 or fp32 (TF32 on a GPU)",
             choices=("auto", "bf16", "fp16", "fp32"))
-        add(g, "--compile", "torch.compile the loss; the first step takes a minute (default: on "
-            "with a GPU where a compiler is found)",
+        add(g, "--compile", "torch.compile the loss; the first step takes up to a minute "
+            "(default: on where a compiler is found, on a CPU in runs of 3,000 steps or more)",
             action=argparse.BooleanOptionalAction)
         g = p.add_argument_group("logging and checkpoints")
         add(g, "--log-every", "steps between updates of metrics.jsonl and the progress bar "

@@ -3,6 +3,7 @@ scaler of fp16; and how a step is computed: number format, micro-batches, proces
 
 import contextlib
 import copy
+import logging
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,10 @@ class TrainingState:
             for group in opt.param_groups:
                 group["initial_lr"] = group["lr"]
         self.loss: nn.Module | None = Loss(model, diffusion, device, self.precision)
-        self.compiled = should_compile(args.compile, device)
+        self.compiled = should_compile(args.compile, device, args.steps)
         if self.compiled:
+            # on a machine without a GPU, a warning that there is none
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
             # nobody asked for it: where the compiler fails, go on without
             torch._dynamo.config.suppress_errors = args.compile is None
             self.loss.compile()

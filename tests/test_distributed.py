@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -141,6 +142,29 @@ def test_rank_0_alone_writes(train):
     assert "4 steps in" in printed(0) and not printed(1)
 
 
+TINY_RUN = """import sys, torch, conftest, dit, train_mnist
+from support import data
+from support.cli import run_command
+dit.MODELS[conftest.TINY] = dict(patch_size=7, hidden_size=16, depth=2, num_heads=2)
+data.draw_glyphs = conftest.few_glyphs
+torch._dynamo.config.error_on_recompile = True
+run_command(lambda: train_mnist.main(sys.argv[1:]))"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_compiled_ranks_are_one_eager_process_to_rounding(trained):
+    """Compiled once: not again for later steps, learning rates or micro-batches."""
+    flags = ("--steps", 6, *PLAIN)
+    alone = load(trained(*flags, out="one"))
+    Path("tiny.py").write_text(TINY_RUN)
+    process = torchrun(Path.cwd(), "tiny.py", *FAST, *map(str, flags), "--compile", "--grad-accum",
+                       "2", "--out", "two", PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and "cpu, fp32, compiled" in out, err
+    assert losses("two") == pytest.approx(losses("one"), rel=1e-5)
+    assert_weights_agree(alone, load("two/step_0000006.pt"))
+
+
 @pytest.mark.parametrize("attempt", range(5))
 def test_the_processes_end_after_the_last_step(train, attempt):
     """With torch 2.11 they hung in about half of the tries while the wrapped model outlived the
@@ -172,15 +196,17 @@ def test_the_arrays_of_a_shared_sampling_job_equal_those_of_one(checkpoint):
 # ---------------------------------------------------------------- the real torchrun
 
 
-def torchrun(folder, *words) -> subprocess.Popen:
+def torchrun(folder, *words, **environment) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-         "--standalone", *words], cwd=folder, text=True, env={**os.environ, **ALONE},
+         "--standalone", *words], cwd=folder, text=True,
+        env={**os.environ, **ALONE, **environment},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
 LONG = (str(ROOT / "train_mnist.py"), "--dataset", "folder:pets", "--image-size", "28", "--model",
-        "DiT-Nano/7", "--batch-size", "4", "--log-every", "2", "--steps", "100000", "--out", "run")
+        "DiT-Nano/7", "--batch-size", "4", "--log-every", "2", "--steps", "100000", "--no-compile",
+        "--out", "run")
 
 
 def started(folder) -> subprocess.Popen:

@@ -135,7 +135,7 @@ def test_sampling_mixes_no_devices_and_waits_for_nothing(fake_gpu, prediction, s
         assert xt.device.type == x0_hat.device.type == "cuda" and xt.shape == xT.shape
 
 
-def test_the_compiler_is_on_with_a_gpu_where_it_is_found(monkeypatch):
+def test_the_compiler_is_on_where_it_is_found_and_pays(monkeypatch):
     from support import distributed
     found = [True]
 
@@ -144,10 +144,17 @@ def test_the_compiler_is_on_with_a_gpu_where_it_is_found(monkeypatch):
             raise distributed.UserError("--compile needs a compiler")
 
     monkeypatch.setattr(distributed, "check_compiler", check)
-    cpu = torch.device("cpu")
-    assert distributed.should_compile(None, CUDA) and not distributed.should_compile(None, cpu)
-    assert distributed.should_compile(True, cpu) and not distributed.should_compile(False, CUDA)
+    cpu, mps = torch.device("cpu"), torch.device("mps")
+    long, short = distributed.COMPILE_PAYS, distributed.COMPILE_PAYS - 1
+
+    def chosen(device, steps, wanted=None):
+        return distributed.should_compile(wanted, device, steps)
+
+    assert chosen(CUDA, short) and chosen(CUDA, long) and chosen(cpu, long)
+    assert not chosen(cpu, short) and not chosen(mps, long)
+    assert chosen(cpu, 1, wanted=True) and not chosen(CUDA, long, wanted=False)
+    assert train_mnist.PRESETS["cpu"]["steps"] >= long
     found[0] = False
-    assert not distributed.should_compile(None, CUDA)
+    assert not chosen(CUDA, long) and not chosen(cpu, long)
     with pytest.raises(distributed.UserError):
-        distributed.should_compile(True, CUDA)
+        chosen(CUDA, 1, wanted=True)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import math
 import multiprocessing
 import os
 import random
@@ -107,6 +108,23 @@ def test_stopped_and_resumed_equals_straight(train, trained, optimizer, stop, sa
     assert train("--resume", "--out", "run") == 0
     assert [r["step"] for r in rows("run")] == list(range(1, 41))
     assert same_run("straight", "run")
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_loss_scale_of_fp16_survives_stop_and_resume(train, optimizer, monkeypatch):
+    """With a scale that overflows and soon grows again, on both sides of the stop."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **kwargs: scaler(
+        *args, **kwargs, init_scale=2.0**24, growth_interval=4))
+    flags = ("--steps", 24, "--optimizer", optimizer, "--precision", "fp16")
+    train(*flags, "--out", "straight")
+    train(*flags, "--out", "run", "--stop-after", 10)
+    middle = load("run/step_0000010.pt")["scaler"]
+    assert 0 < middle["scale"] < 2.0**24 and middle["_growth_tracker"] > 0
+    train("--resume", "--out", "run")
+    assert same_run("straight", "run")
+    norms = [row["grad_norm"] for row in rows("run")]
+    assert not all(map(math.isfinite, norms[:10])) and any(map(math.isfinite, norms[10:]))
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -657,7 +675,7 @@ def test_half_a_row_is_never_left(train, trained, monkeypatch, capsys):
 
 REAL = ("--dataset", "folder:pets", "--image-size", "28", "--precision", "fp32", "--batch-size",
         "4", "--save-every", "5", "--log-every", "3", "--preview-every", "10", "--steps", "100000",
-        "--out", "run")
+        "--no-compile", "--out", "run")
 NANO = ("--model", "DiT-Nano/7")
 
 

@@ -72,7 +72,7 @@ def test_every_parameter_is_in_one_optimizer_and_muon_has_the_block_matrices(tra
 
 
 def training_state(model, optimizers, precision) -> TrainingState:
-    args = SimpleNamespace(grad_accum=1, precision=precision, compile=False)
+    args = SimpleNamespace(grad_accum=1, precision=precision, compile=False, steps=1)
     return TrainingState(model, optimizers, GaussianDiffusion(), args, torch.device("cpu"))
 
 

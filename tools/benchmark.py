@@ -37,6 +37,7 @@ from support import data, distributed, paths
 from support.cli import (
     BATCH, COUNT, Parser, UserError, atomic_write, check_target,
     io_errors, number, run_command, say, shorten)
+from support.distributed import COMPILE_PAYS
 from support.settings import Settings
 from tools.implementations import (
     VARIANTS, Ours, Published, load_factory, new_model, step_flops)
@@ -220,7 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     args = Settings(train_mnist.RECIPE, train_mnist.PRESETS).resolve(
         given | dict(steps=PROFILED + WARM_UP + flags.rounds * flags.steps_per_round), device.type)
     args.sizes = MODELS[args.model]
-    args.compile = distributed.should_compile(flags.compile or args.compile, device)
+    args.compile = distributed.should_compile(
+        flags.compile or None, device, COMPILE_PAYS if flags.busy else 0)
     images = data.draw_glyphs(max(256, args.batch_size))
     model, _ = new_model(args, images)
     report = dict(hardware=hardware(device), model=args.model, batch_size=args.batch_size,
