@@ -76,7 +76,8 @@ def resolve_sampling(checkpoint, cfg_scale: float | None = None, steps: int | No
         raise UserError(f"--steps {steps}: the process has {total}")
     eta = suggested["eta"] if eta is None else eta
     options = {k: v for k, v in {"steps": steps, "eta": eta}.items() if k in accepted}
-    precision = distributed.sampling_precision(precision, next(checkpoint.model.parameters()).device)
+    device = next(checkpoint.model.parameters()).device
+    precision = distributed.sampling_precision(precision, device)
     return dict(sampler=sampler, steps=steps, eta=eta, options=options, precision=precision,
                 cfg_scale=suggested["cfg_scale"] if cfg_scale is None else cfg_scale)
 
