@@ -64,6 +64,14 @@ def test_no_path_is_changed_to_import(path):
                     and "sys." + "path" in node.value)
 
 
+@pytest.mark.parametrize("path", [p for p in CODE if p.parts[0] in ("tools", "variants")
+                                  and "__main__" in (ROOT / p).read_text()], ids=str)
+def test_a_command_run_as_a_file_says_how_to_run_it(path):
+    done = subprocess.run([sys.executable, path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and not done.stdout
+    assert done.stderr == f"error: run this file as a module: python -m {path.parent}.{path.stem}\n"
+
+
 def test_the_lesson_runs_without_the_rest_and_from_any_working_directory(tmp_path):
     """A copy of the four files and support/ alone: what a command imports is in there, and
     output/ is found beside the files, wherever one stands."""

@@ -13,6 +13,9 @@ train_mnist.py on glyphs. MFU (model flops utilisation): flops per second of the
 and backward over those of a large matrix product in the same precision.
 """
 
+if not __package__:
+    raise SystemExit("error: run this file as a module: python -m tools.benchmark")
+
 import support.threads  # noqa: F401  (before torch)
 
 import json

@@ -12,6 +12,9 @@ the Frechet distance each class has the same weight, where labels are known; the
 unweighted distance too.
 """
 
+if not __package__:
+    raise SystemExit("error: run this file as a module: python -m tools.evaluate")
+
 import hashlib
 import json
 import os

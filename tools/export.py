@@ -7,6 +7,9 @@
 sample.py and the other commands read the first two. docs/interchange.md describes the folders.
 """
 
+if not __package__:
+    raise SystemExit("error: run this file as a module: python -m tools.export")
+
 from pathlib import Path
 
 from support import checkpoints

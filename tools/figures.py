@@ -12,6 +12,9 @@ Each writes a PNG: --out FILE.png, or a new numbered one under output/. `loss` a
 matplotlib.
 """
 
+if not __package__:
+    raise SystemExit("error: run this file as a module: python -m tools.figures")
+
 import json
 import math
 from argparse import Namespace

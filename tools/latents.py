@@ -9,6 +9,9 @@ The autoencoder is an AutoencoderKL of diffusers (an optional package): a folder
 Hugging Face hub. The last command takes the file that the authors of DiT published.
 """
 
+if not __package__:
+    raise SystemExit("error: run this file as a module: python -m tools.latents")
+
 import contextlib
 import math
 import os

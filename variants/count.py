@@ -7,6 +7,9 @@ Multiply-adds are those of the matrix products, as the DiT paper counts its Gflo
 computed: only the shapes are followed.
 """
 
+if not __package__:
+    raise SystemExit("error: run this file as a module: python -m variants.count")
+
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
