@@ -10,6 +10,7 @@ from support.cli import UserError, io_errors, say, warn
 from support.folders import (
     CONFIG,
     checkpoints_in,
+    find_checkpoint,
     is_partial_write,
     is_run_folder,
     lock_folder,
@@ -38,7 +39,7 @@ def find_start(given: dict) -> Start:
         raise UserError("--resume continues a run, --init-from starts a new one: give one of them")
     out = Path(given["out"]) if given.get("out") else None
     if "init_from" in given:
-        return Start(content=checkpoints.read_any(Path(given["init_from"])))
+        return Start(content=checkpoints.read_any(find_checkpoint(given["init_from"])))
     if "resume" not in given:
         return Start()
     if given["resume"]:

@@ -98,8 +98,8 @@ class Settings:
         add(g, "--out", "run folder (default: a new numbered one under output/)", metavar="DIR")
         add(g, "--resume", "continue the run in --out, else the newest under output/, or from this "
             "checkpoint; flags not given come from it", nargs="?", const=None, metavar="CKPT")
-        add(g, "--init-from", "start a new run from the weights in this file, as far as they fit",
-            metavar="CKPT")
+        add(g, "--init-from", "start a new run from the weights in this file, run folder or "
+            "export, as far as they fit", metavar="CKPT")
         add(g, "--steps", "length of the run and of its schedules, in steps", type=COUNT)
         add(g, "--stop-after", "end this call after so many steps, with a checkpoint and exit "
             "status 0", type=COUNT)

@@ -27,6 +27,7 @@ from support import checkpoints, components, data
 from support.cli import UserError, run_command
 from support.folders import checkpoints_in, is_run_folder, lock_folder, read_metrics
 from support.run import StopSignals
+from tools import export
 
 NINE = ("--steps", 9, "--save-every", 3)
 STATE = ("step", "class_names", "ema", "model", "opt", "scaler")
@@ -403,11 +404,27 @@ def test_a_recipe_that_nobody_could_have_typed_is_refused_in_one_line(train, tra
 # ---------------------------------------------------------------- --init-from
 
 
-def test_a_new_run_starts_from_the_weights_of_another(train, checkpoint, capsys):
+@pytest.mark.parametrize("of_run", [lambda path: path, lambda path: path.parent],
+                         ids=["a checkpoint", "a run folder"])
+def test_a_new_run_starts_from_the_weights_of_another(train, checkpoint, capsys, of_run):
     still = ("--steps", 1, "--lr", 0, "--muon-lr", 0)
-    assert train(*still, "--init-from", checkpoint, "--out", "b") == 0
+    assert train(*still, "--init-from", of_run(checkpoint), "--out", "b") == 0
     assert tensors_equal(load("b/step_0000001.pt")["model"], load(checkpoint)["ema"])
     assert "(none: all fit)" in capsys.readouterr().out
+
+
+def test_a_new_run_starts_from_an_exported_folder(train, checkpoint):
+    pytest.importorskip("safetensors", reason="needs the package safetensors")
+    assert export.main([str(checkpoint), "exported", "--to", "safetensors"]) == 0
+    assert train("--steps", 1, "--init-from", "exported", "--out", "b") == 0
+    found, wanted = load("b/step_0000000.pt")["model"], load(checkpoint)["ema"]
+    assert tensors_equal(found, {name: w.half().float() for name, w in wanted.items()})
+
+
+def test_a_folder_without_weights_is_no_start(train):
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match=r"empty holds no checkpoint \(step_\*.pt or model.safe"):
+        train("--steps", 1, "--init-from", "empty")
 
 
 def test_the_checkpoint_that_ships_gives_its_weights_model_and_objective(train, monkeypatch):
