@@ -53,7 +53,7 @@ def shorten(value: object, limit: int = 200) -> str:
 def reason(error: BaseException) -> str:
     """Why it failed: the system's words for an OSError, else the exception's last line."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return shorten(text.splitlines()[-1].strip("<>"))
+    return shorten(text.splitlines()[-1].strip("<>\t "))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
     mnist, fashion_mnist, cifar10    through torchvision, from --data-dir or downloaded
     folder:PATH                      PATH/<class name>/<images of any size>
     glyphs                           digits drawn with Pillow's built-in font, without a download
+    celeba                           faces; an attribute makes the two classes (support/celeba.py)
     latents:FILE                     latents of an autoencoder (support/latents.py)
 
 The training loop uses `x0, y = batches(step)`.
@@ -33,7 +34,7 @@ from support.cli import UserError, io_errors, reason, shorten
 from support.distributed import warn
 from support.seeds import generator, mix_seed
 
-NAMES = ("mnist", "fashion_mnist", "cifar10", "glyphs")
+NAMES = ("mnist", "fashion_mnist", "cifar10", "glyphs", "celeba")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 SOCKET_TIMEOUT, STALL_TIMEOUT = 15, 40      # seconds: for one answer; without download progress
 
@@ -129,12 +130,13 @@ class DataMissing(UserError):
 
 
 def load(spec: str, data_dir: str | Path | None = None, image_size: int | None = None,
-         split: str = "train", seed: int = 0) -> ImageSet:
+         split: str = "train", seed: int = 0, celeba_attribute: str | None = None) -> ImageSet:
     """The data set `spec` (listed at the top of this file), on the CPU.
 
     data_dir: where torchvision's data sets are, or are downloaded to (default: data/).
-    image_size: the side in pixels (default: the data set's own; 32 for a folder).
+    image_size: the side in pixels (default: the data set's own; 32 for a folder, 64 for celeba).
     split: "train" or "test". In a folder, every tenth file of a class is held out for "test".
+    celeba_attribute: what celeba's classes tell apart (default: Male).
     Raises UserError naming the wrong file or value; DataMissing if there is no data.
     """
     if spec.startswith("folder:"):
@@ -147,10 +149,14 @@ def load(spec: str, data_dir: str | Path | None = None, image_size: int | None =
     if spec not in NAMES:
         raise UserError(f"data set {shorten(spec)} is unknown: choose one of {', '.join(NAMES)}, "
                         f"folder:PATH or latents:FILE")
+    root = Path(os.path.expanduser(data_dir or paths.DATA))
+    if spec == "celeba":
+        from support.celeba import load_celeba          # which imports this module
+        return load_celeba(root, image_size or 64, split, celeba_attribute or "Male")
     if spec == "glyphs":
         found = draw_glyphs(20_000 if split == "train" else 2_000, seed=mix_seed(seed, split))
     else:
-        found = load_torchvision(spec, Path(os.path.expanduser(data_dir or paths.DATA)), split)
+        found = load_torchvision(spec, root, split)
     if image_size and image_size != found.images.shape[-1]:
         _check_memory(*found.images.shape[:2], image_size)
         found.images = torch.cat([
@@ -197,7 +203,7 @@ def load_torchvision(spec: str, root: Path, split: str) -> ImageSet:
     folder, md5 = root / dataset.__name__ / "raw", dict(zip(IDX, MD5[spec], strict=True))
     names = [n for n in IDX if n.startswith("train" if split == "train" else "t10k")]
     if not all((folder / name).is_file() for name in names):
-        _download(dataset, root, spec, folder, IDX)
+        download(dataset, root, spec, folder, IDX)
     images, labels = (_read_idx(folder / name, md5[name]) for name in names)
     classes = [name.split(" - ")[0] for name in dataset.classes]        # MNIST: "0 - zero"
     return ImageSet(torch.tensor(images).unsqueeze(1), torch.tensor(labels).long(), classes, spec)
@@ -230,7 +236,7 @@ def _load_cifar10(dataset, root: Path, split: str) -> ImageSet:
     md5 = dict([*dataset.train_list, *dataset.test_list,
                 (dataset.meta["filename"], dataset.meta["md5"])])
     if not all((folder / name).is_file() for name in md5):
-        _download(dataset, root, "cifar10", folder, md5)
+        download(dataset, root, "cifar10", folder, md5)
     for name in md5:
         _check_md5(folder / name, _read(folder / name, 2**26)[0], md5[name])
     try:
@@ -252,9 +258,9 @@ def _check_md5(path: Path, content: bytes, md5: str) -> None:
         raise UserError(f"{path} is damaged: its MD5 is not {md5}; delete it to download it again")
 
 
-def _download(dataset, root: Path, spec: str, folder: Path, names) -> None:
-    """torchvision's download, abandoned when it stalls. Raises DataMissing, and leaves no empty
-    folder that was not there before."""
+def download(dataset, root: Path, spec: str, folder: Path, names, source: str = "") -> None:
+    """torchvision's download, abandoned when it stalls. Raises DataMissing, which names the missing
+    files and their source, and leaves no empty folder that was not there before."""
     errors, there = [], root.is_dir()
     created = [path for path in (folder, *folder.parents) if not path.exists()]
 
@@ -264,27 +270,28 @@ def _download(dataset, root: Path, spec: str, folder: Path, names) -> None:
         except Exception as error:          # from urllib, ssl, http, gzip, tarfile, the disk ...
             errors.append(error)
 
-    def received() -> int:
+    def received() -> list:                 # a folder's time changes with each unpacked file
         with contextlib.suppress(OSError):
-            return sum(p.stat().st_size for p in [*root.glob("*.tar.gz"), *folder.glob("*")])
-        return 0
+            found = [p.stat() for p in [*root.glob("*.tar.gz"), *folder.glob("*")]]
+            return sorted((s.st_size, s.st_mtime_ns) for s in found)
+        return []
 
     # In a thread: behind some firewalls each of a server's many addresses takes a timeout
     thread = threading.Thread(target=attempt, daemon=True)
-    default, size, since = socket.getdefaulttimeout(), -1, time.monotonic()
+    default, seen, since = socket.getdefaulttimeout(), None, time.monotonic()
     socket.setdefaulttimeout(SOCKET_TIMEOUT)
     try:
         with contextlib.redirect_stdout(io.StringIO()):     # the progress bar is on standard error
             thread.start()
             while thread.is_alive() and time.monotonic() - since < STALL_TIMEOUT:
                 thread.join(0.2)
-                if (now := received()) != size:
-                    size, since = now, time.monotonic()
+                if (now := received()) != seen:
+                    seen, since = now, time.monotonic()
     finally:
         socket.setdefaulttimeout(default)
     if thread.is_alive():
         errors.append(TimeoutError(f"no progress in {STALL_TIMEOUT} seconds"))
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not (folder / name).exists()]
     if errors or missing:
         for path in created:                # the innermost first
             with contextlib.suppress(OSError):      # not empty: it holds what was downloaded
@@ -292,7 +299,7 @@ def _download(dataset, root: Path, spec: str, folder: Path, names) -> None:
         raise DataMissing(
             f"{spec} is not in {root}{', which does not exist,' * (not there)} and cannot be "
             f"downloaded ({reason(errors[0]) if errors else 'files are missing'}): put "
-            f"{', '.join(missing or names)} into {folder}, or use --dataset glyphs")
+            f"{', '.join(missing or names)} into {folder}{source}, or use --dataset glyphs")
 
 
 # ---------------------------------------------------------------- a folder per class
@@ -304,7 +311,7 @@ def load_folder(root: Path, image_size: int, split: str) -> ImageSet:
     The shorter side is resized to image_size and the longer one cropped at the centre. Hidden
     files and folders are ignored.
     """
-    classes, files, labels, small = class_folders(root), [], [], []
+    classes, files, labels = class_folders(root), [], []
     for label, folder in enumerate(classes):
         found = images_in(folder)
         kept = [f for i, f in enumerate(found) if (i % 10 == 9) == (split == "test")]
@@ -313,8 +320,17 @@ def load_folder(root: Path, image_size: int, split: str) -> ImageSet:
     if not files:
         raise UserError(f"{root}: the test split is every tenth image of a class, and no class "
                         f"has ten")
+    images, grey = read_images(files, image_size)
+    return ImageSet(torch.from_numpy(images[:, :1].copy() if grey else images),
+                    torch.tensor(labels), [d.name for d in classes],
+                    f"folder:{root.resolve().name}")
+
+
+def read_images(files: list[Path], image_size: int) -> tuple[np.ndarray, bool]:
+    """(the images, RGB uint8 (N, 3, image_size, image_size); is R = G = B in all of them?)."""
     _check_memory(len(files), 3, image_size)
     images, grey = np.empty((len(files), 3, image_size, image_size), np.uint8), True
+    small = []
     with warnings.catch_warnings(), tqdm(files, desc="reading images", unit="img", leave=False,
                                          delay=1, disable=None) as bar:
         warnings.simplefilter("ignore")         # Pillow warns of odd metadata
@@ -327,9 +343,7 @@ def load_folder(root: Path, image_size: int, split: str) -> ImageSet:
     if small:
         warn(f"{len(small):,} of {len(files):,} images are smaller than --image-size {image_size} "
              f"and were enlarged, for example {small[0]}")
-    return ImageSet(torch.from_numpy(images[:, :1].copy() if grey else images),
-                    torch.tensor(labels), [d.name for d in classes],
-                    f"folder:{root.resolve().name}")
+    return images, grey
 
 
 def class_folders(root: Path) -> list[Path]:

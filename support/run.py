@@ -76,25 +76,29 @@ class Run:
         args, found = self.args, None
         named = "dataset" in self.given or "data_dir" in self.given or "resume" in self.given
 
+        def load(dataset: str) -> data.ImageSet:
+            return data.load(dataset, args.data_dir, args.image_size,
+                             celeba_attribute=args.celeba_attribute)
+
         def fetch() -> str:
             nonlocal found
             try:
-                found = data.load(args.dataset, args.data_dir, args.image_size)
+                found = load(args.dataset)
             except data.DataMissing as missing:
                 if named:
                     raise
                 distributed.say("=" * 80, f"NO MNIST: {missing}", "Training on GLYPHS instead: "
                                 "digits drawn with a font, not handwritten ones.", "=" * 80)
-                found = data.load("glyphs", args.data_dir, args.image_size)
+                found = load("glyphs")
                 return "glyphs"
             return args.dataset
 
         args.dataset = broadcast_from_rank0(fetch)
         first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
         if found is None and first_here:
-            found = data.load(args.dataset, args.data_dir, args.image_size)
+            found = load(args.dataset)
         distributed.barrier()
-        images = found or data.load(args.dataset, args.data_dir, args.image_size)
+        images = found or load(args.dataset)
         self.about_data = dict(
             dataset=images.name, images=len(images.images), image_size=images.images.shape[-1],
             channels=images.images.shape[1], digest=images.digest())

@@ -7,13 +7,14 @@ from pathlib import Path
 from diffusion import PREDICTIONS, WEIGHTINGS
 from dit import MODELS
 from support import components, distributed
+from support.celeba import ATTRIBUTES
 from support.cli import BATCH, COUNT, SEED, SIDE, Parser, UserError, number, shorten
 
 TIMESTEPS = ("uniform", "log-normal", "logit-normal")
 # Defaults of what is not part of the recipe: data, and how and where a run is computed.
-DEFAULTS = dict(dataset="mnist", data_dir=None, image_size=None, flip=False, network="dit",
-                process="ddpm", weighting=None, grad_accum=1, precision="auto", compile=None,
-                seed=0, keep=3, **dict.fromkeys(components.FLAGS))
+DEFAULTS = dict(dataset="mnist", data_dir=None, image_size=None, celeba_attribute=None, flip=False,
+                network="dit", process="ddpm", weighting=None, grad_accum=1, precision="auto",
+                compile=None, seed=0, keep=3, **dict.fromkeys(components.FLAGS))
 # The values of checkpoints from before there was a flag for them.
 BEFORE = dict(timesteps="uniform", weighting="plain")
 # What a resumed run may change: nothing that changes what a step computes.
@@ -56,6 +57,10 @@ class Settings:
         values.update({k: v for k, v in given.items() if k not in ("resume", "init_from")})
         if values["weighting"] is None:
             values["weighting"] = "v" if values["prediction"] == "x0" else "plain"
+        if values["dataset"] == "celeba":
+            values["celeba_attribute"] = values["celeba_attribute"] or "Male"
+        elif values["celeba_attribute"] is not None:
+            raise UserError(f"--celeba-attribute does not apply to --dataset {values['dataset']}")
         return argparse.Namespace(**values)
 
     def checked(self, recorded: dict) -> dict:
@@ -106,12 +111,14 @@ class Settings:
         add(g, "--seed", "seed of the weights, the order of the data, the noise", type=SEED)
         add(g, "--device", "cuda, mps or cpu (default: the fastest available)")
         g = p.add_argument_group("data")
-        add(g, "--dataset", "mnist, fashion_mnist, cifar10, glyphs, folder:PATH or "
-            "latents:FILE (docs/interchange.md)")
+        add(g, "--dataset", "mnist, fashion_mnist, cifar10, celeba, glyphs, folder:PATH or "
+            "latents:FILE (docs/data.md)")
         add(g, "--data-dir", "where the data set is, or is downloaded to (default: data/ beside "
             "train_mnist.py)", metavar="DIR")
-        add(g, "--image-size", "side of the images in pixels (default: the data set's; 32 for "
-            "folder:)", type=SIDE)
+        add(g, "--image-size", "side of the images in pixels (default: the data set's; 64 for "
+            "celeba, 32 for folder:)", type=SIDE)
+        add(g, "--celeba-attribute", "what celeba's two classes tell apart (default: Male)",
+            choices=ATTRIBUTES, metavar="NAME")
         add(g, "--flip", "mirror half of the images, for photographs; never for digits (default: "
             "off)", action=argparse.BooleanOptionalAction)
         g = p.add_argument_group("model and objective")

@@ -275,7 +275,7 @@ def test_a_mistake_ends_every_rank_with_a_line(train, monkeypatch, flags, says):
     def fail(*_):
         raise data.DataMissing("mnist is not in . and cannot be downloaded (no network)")
 
-    monkeypatch.setattr(data, "_download", fail)
+    monkeypatch.setattr(data, "download", fail)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)    # the other ranks' wait for rank 0
     Path("taken").mkdir()
     Path("taken/metrics.jsonl").touch()
@@ -335,10 +335,10 @@ def test_on_every_machine_one_process_loads_before_the_others(train, monkeypatch
     """Rank 0, which may download; then the first of the other machine; then those beside them."""
     honest = data.load
 
-    def load_slowly(*args):
+    def load_slowly(*args, **options):
         begun = time.monotonic()
         time.sleep(0.3)
-        images = honest(*args)
+        images = honest(*args, **options)
         Path(f"times-{distributed.rank()}").write_text(f"{begun} {time.monotonic()}")
         return images
 

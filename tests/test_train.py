@@ -280,7 +280,7 @@ KEEPS = {       # flags that do not
     "stop_after": 4, "device": "cpu", "ema_decay": 0.5, "out": "run2",
 }
 ELSEWHERE = {"help", "dataset", "steps", "resume", "init_from", "grad_accum", "compile",
-             "registers"}         # tests/test_variants.py
+             "registers", "celeba_attribute"}       # tests/test_variants.py, tests/test_celeba.py
 
 
 def test_every_flag_is_in_a_test():
@@ -568,7 +568,7 @@ def no_network(monkeypatch):
     def fail(*_):
         raise data.DataMissing("mnist is not in data and cannot be downloaded (no network)")
 
-    monkeypatch.setattr(data, "_download", fail)
+    monkeypatch.setattr(data, "download", fail)
 
 
 def test_without_mnist_and_without_a_choice_glyphs_are_used_and_named(train, monkeypatch, capsys):

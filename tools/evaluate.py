@@ -357,14 +357,15 @@ def as_checkpoint(path: Path, state: dict, weights: str, device: torch.device) -
 def load_data(args: Namespace, state: dict | None) -> tuple[data.ImageSet, data.ImageSet]:
     """(training set, test set) of the flags, else of the checkpoint, else of MNIST; checked against
     the checkpoint."""
-    spec, data_dir, size = args.dataset, args.data_dir, args.image_size
+    spec, data_dir, size, attribute = args.dataset, args.data_dir, args.image_size, None
     if state is not None:
         recipe, trained = state["config"]["recipe"], state["config"]["data"]
         spec = spec or recipe.get("dataset") or trained.get("dataset")
         if data_dir is None and Path(str(recipe.get("data_dir"))).is_dir():
             data_dir = recipe["data_dir"]
-        size = state["config"]["model"]["input_size"]
-    train, test = (data.load(str(spec or "mnist"), data_dir, size, split)
+        size, attribute = state["config"]["model"]["input_size"], recipe.get("celeba_attribute")
+    train, test = (data.load(str(spec or "mnist"), data_dir, size, split,
+                             celeba_attribute=attribute)
                    for split in ("train", "test"))
     test.images = channels_as_in(test.images, train, f"the test split of {train.name}")
     if len(test.images) < MIN_IMAGES or len(train.images) < 2 * MIN_IMAGES:
@@ -477,7 +478,7 @@ def parser() -> Parser:
                    "--seed on: mean ± standard deviation (default: 1)")
     add_sampling_flags(p)
     g = p.add_argument_group("the real images, and the classifier that measures (the ruler)")
-    g.add_argument("--dataset", help="mnist, fashion_mnist, cifar10, glyphs or folder:PATH "
+    g.add_argument("--dataset", help="mnist, fashion_mnist, cifar10, celeba, glyphs or folder:PATH "
                    "(default: the checkpoint's, else mnist)")
     g.add_argument("--data-dir", metavar="DIR", help="where the data set is, or is downloaded to "
                    "(default: the checkpoint's if it exists, else data/)")

@@ -433,7 +433,7 @@ def parser() -> Parser:
             sub.add_argument(models, nargs="+" if models == "checkpoints" else "?", metavar="CKPT",
                              help="a checkpoint or a run folder")
         if images:
-            sub.add_argument("--dataset", help="mnist, fashion_mnist, cifar10, glyphs or "
+            sub.add_argument("--dataset", help="mnist, fashion_mnist, cifar10, celeba, glyphs or "
                              "folder:PATH (default: the checkpoint's, else mnist)")
             sub.add_argument("--data-dir", metavar="DIR", help="where the data set is, or is "
                              "downloaded to (default: the checkpoint's if it exists, else data/)")
