@@ -47,6 +47,7 @@ def may_import(path: Path) -> set[str]:
 
 def test_the_root_holds_the_lesson_alone():
     assert sorted(p.name for p in ROOT.glob("*.py")) == LESSON
+    assert [p.name for p in ROOT.glob("*.ipynb")] == ["lesson.ipynb"]
 
 
 @pytest.mark.parametrize("path", CODE, ids=str)
