@@ -299,6 +299,103 @@ def test_bad_samples_are_farther_than_real_ones(world, tmp_path):
     assert rows["samples"]["mean"]["precision"] < rows["train"]["mean"]["precision"]
 
 
+def test_grain_is_the_share_of_dark_grey_pixels(world, tmp_path, capsys):
+    glyphs = some("test", world)
+    images = glyphs.images.clone()
+    images[:, :, :2] = torch.tensor([7, 8, 24, 25]).repeat(8).view(2, H)    # 16 of 256 pixels
+    images[:, :, 2:][(images[:, :, 2:] > 7) & (images[:, :, 2:] < 25)] = 0
+    rows = run(tmp_path, npz(tmp_path / "x.npz", images, glyphs.labels), *of(world))["rows"]
+    assert rows["samples"]["mean"]["grain"] == 1 / 16
+    real = np.mean([8 <= v <= 24 for v in glyphs.images.flatten().tolist()])
+    assert rows["test"]["mean"]["grain"] == pytest.approx(real) and 0 < real < 0.05
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.endswith("recall      grain") for line in lines)
+    assert next(line for line in lines if line.startswith("samples")).endswith(" 6.2%")
+    assert next(line for line in lines if "test set" in line and "real:" in line).endswith(
+        f" {real:.1%}")
+
+
+def test_images_in_colour_have_no_grain():
+    x = evaluate.Features(torch.full((30, 3, 8, 8), 9, dtype=torch.uint8), None, features(1, 30),
+                          np.zeros(30, int))
+    assert "grain" not in evaluate.measure(x, x, ["a"], seed=0, balanced=False)
+    rows = {name: dict(images=30, std=None, mean=dict(frechet=1.0, precision=1.0, recall=1.0))
+            for name in evaluate.ROWS}
+    assert evaluate.table(rows)[0].endswith("recall")
+
+
+# ---------------------------------------------------------------- trained on samples alone
+
+
+def test_samples_that_are_the_training_set_train_as_well_as_it(world, tmp_path, capsys):
+    train, test, cpu = some("train", world), some("test", world), torch.device("cpu")
+    found = evaluate.train_on_samples([train.images], train.labels.numpy(), [0], train, test, 60,
+                                      cpu)
+    assert found["accuracy"] == found["real"] > 0.7 and found["real_images"] == 360
+    file = npz(tmp_path / "x.npz", train.images, train.labels)
+    capsys.readouterr()
+    told = run(tmp_path, file, *of(world), "--train-on-samples")["train_on_samples"]
+    assert told["real"] == found["real"] and told["accuracy"] > 0.6     # in another order
+    assert [told[k] for k in ("images", "steps", "test_images")] == [360, 60, 40]
+    assert (f"Trained on the 360 samples alone, a classifier reads {told['accuracy']:.2%} of the "
+            f"40 real test images; trained on 360 real ones, {told['real']:.2%}."
+            ) in capsys.readouterr().out
+
+
+def test_samples_with_shuffled_labels_teach_nothing(world, tmp_path):
+    train = some("train", world)
+    order = torch.randperm(360, generator=torch.Generator().manual_seed(0))
+    file = npz(tmp_path / "x.npz", train.images, train.labels[order])
+    told = run(tmp_path, file, *of(world), "--train-on-samples")["train_on_samples"]
+    assert told["accuracy"] < 0.4 < 0.7 < told["real"]
+
+
+def test_as_many_real_images_class_balanced_cached_by_seed(checkpoint, world, tmp_path,
+                                                           monkeypatch, capsys):
+    trained, train = [], rulers.train
+    monkeypatch.setattr(rulers, "train", lambda images, test, seed, device, steps: trained.append(
+        (images, seed, steps)) or train(images, test, seed, device, 3))     # not the ruler's 60
+    argv = [str(checkpoint), "--train-on-samples", "--images", "50", "--seeds", "2"]
+    told = run(tmp_path, *argv)
+    found = told["train_on_samples"]
+    assert [each["seed"] for each in found["seeds"]] == [0, 1] and "rows" in told
+    assert found["accuracy"] == np.mean([each["accuracy"] for each in found["seeds"]])
+    assert found["real"] == np.mean([each["real"] for each in found["seeds"]])
+    assert [(len(images.images), seed, steps) for images, seed, steps in trained] == [
+        (50, seed, 60) for seed in (0, 0, 1, 1)]
+    samples, real, _, other = (images for images, _, _ in trained)
+    assert samples.name == "50 samples" and real.name == "50 of folder:glyphs"
+    for images in (samples, real, other):
+        assert torch.bincount(images.labels).tolist() == [5] * 10
+    assert not torch.equal(real.images, other.images)
+    copies = rulers.nearest_distances(real.images, some("train", world).images)
+    assert (copies == 0).all()
+    assert "real test images; trained on 50 real ones, " in capsys.readouterr().out
+    line = (checkpoint.parent / "evaluations.jsonl").read_text().splitlines()[-1]
+    assert json.loads(line)["train_on_samples"] == found
+    cached = list((world / "output" / "cache").glob("ruler-50-of-folder-glyphs-*.pt"))
+    assert len(cached) == 2 and sum("-seed1" in file.name for file in cached) == 1
+    monkeypatch.setattr(rulers, "train", train)
+    for file in cached:                         # of 3 steps, where 60 are asked for: not used
+        assert rulers.load(file, torch.device("cpu"))[1]["steps"] == 3
+    again = run(tmp_path, *argv)["train_on_samples"]
+    assert all(rulers.load(file, torch.device("cpu"))[1]["steps"] == 60 for file in cached)
+    monkeypatch.setattr(rulers, "train", lambda images, *a: trained.append(images.name) or train(
+        images, *a))
+    del trained[:]
+    assert run(tmp_path, *argv)["train_on_samples"] == again and trained == ["50 samples"] * 2
+
+
+def test_10_000_samples_unless_told_otherwise(checkpoint, world, monkeypatch):
+    counts = []
+    monkeypatch.setattr(evaluate, "sample", lambda checkpoint, y, *a, **k: counts.append(
+        torch.bincount(y).tolist()) or 1 / 0)
+    for argv in (["--train-on-samples"], []):
+        with pytest.raises(ZeroDivisionError):
+            evaluate.main([str(checkpoint), *argv])
+    assert counts == [[1000] * 10, [100] * 10]
+
+
 def test_folders_of_pictures(world, tmp_path):
     glyphs = some("test", world)
     by_class, flat = tmp_path / "by_class", tmp_path / "flat"
@@ -478,6 +575,7 @@ def test_wrong_files(world, tmp_path):
     says("'eleven' is not a class", tmp_path / "classes", *of(world))
     says("mnits.* is unknown", good, "--dataset", "mnits")
     says("unrecognized arguments: --image", good, "--image", "5")
+    says("has no labels, which --train-on-samples needs", good, *of(world), "--train-on-samples")
     says("--cfg-scale is for a checkpoint", good, *of(world), "--cfg-scale", "2")
     says("--batch-size is for a checkpoint", good, *of(world), "--batch-size", "2")
     (tmp_path / "output/001-run").mkdir(parents=True)
@@ -507,9 +605,9 @@ def test_train_ruler_never_overwrites_and_refuses_a_poor_one(world, monkeypatch)
     with pytest.raises(UserError, match="leave out the images"):
         evaluate.main(["x.npz", "--train-ruler", *of(world)])
     for flag, value in [("--cfg-scale", "2"), ("--json", "x.json"), ("--images", "20"),
-                        ("--batch-size", "5")]:
+                        ("--batch-size", "5"), ("--train-on-samples", None)]:
         with pytest.raises(UserError, match=f"{flag} is for the images to measure"):
-            evaluate.main(["--train-ruler", flag, value, *of(world)])
+            evaluate.main(["--train-ruler", flag, *[value] * (value is not None), *of(world)])
     monkeypatch.setattr(rulers, "MIN_STEPS", 2)
     monkeypatch.setattr(rulers, "EPOCHS", 0)
     monkeypatch.setitem(rulers.MIN_ACCURACY, some("train", world).name, 1.0)

@@ -4,12 +4,14 @@
     python -m tools.evaluate CKPT --images 10000 --cfg-scale 1.5 --seeds 3 --json report.json
     python -m tools.evaluate samples.npz        any model's: arr_0 uint8 (N, H, W, C), arr_1 labels
     python -m tools.evaluate FOLDER             images, or a folder of images per class
+    python -m tools.evaluate CKPT --train-on-samples    also train a classifier on samples alone
     python -m tools.evaluate --train-ruler      train the classifier that measures (tools/ruler.py)
 
 A distance means little alone, so the table has two baselines: as many images of the test set, and a
 random part of the training set against the rest of it, both class-balanced as the samples are. In
 the Frechet distance each class has the same weight, where labels are known; the JSON report has the
-unweighted distance too.
+unweighted distance too. Grain, of grey images, is the share of pixels from 8 to 24 of 255: a faint
+noise that the classifier cannot detect.
 """
 
 if not __package__:
@@ -21,7 +23,7 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +142,8 @@ def measure(x: Features, reference: Features, class_names: list[str], seed: int,
         found["accuracy"] = float(right.mean())
         found["accuracy_per_class"] = {name: float(right[x.labels == i].mean()) for i, name in
                                        enumerate(class_names) if (x.labels == i).any()}
+    if x.images.shape[1] == 1:
+        found["grain"] = float(((x.images >= 8) & (x.images <= 24)).float().mean())
     return found
 
 
@@ -185,12 +189,53 @@ def report(samples: list[Features], train: Features, test: Features, class_names
                 classes_weighted=balanced)
 
 
+# ---------------------------------------------------------------- trained on samples alone
+
+
+def train_on_samples(images: list[Tensor], labels: np.ndarray, seeds: list[int],
+                     train: data.ImageSet, test: data.ImageSet, steps: int, device: torch.device
+                     ) -> dict:
+    """The test accuracy of a classifier that has seen samples alone (Ravuri & Vinyals, arXiv
+    1905.10887), and that of one trained on as many real images (class-balanced), for each set of
+    samples and its seed. Both have the ruler's architecture and recipe, for `steps` steps."""
+    found = []
+    for x, seed in zip(images, seeds, strict=True):
+        samples = replace(train, images=x, labels=torch.from_numpy(labels),
+                          name=f"{len(x):,} samples")
+        _, of_samples = rulers.train(samples, test, seed, device, steps)
+        real = train
+        if len(x) < len(train.images):
+            order = class_balanced_order(len(train.images), train.labels.numpy(), seed, "real")
+            index = torch.from_numpy(np.sort(order[: len(x)]))
+            real = replace(train, images=train.images[index], labels=train.labels[index],
+                           name=f"{len(x)} of {train.name}")
+        _, of_real, _ = rulers.find(real, test, device, seed, steps)
+        found.append(dict(seed=seed, accuracy=of_samples["test_accuracy"],
+                          real=of_real["test_accuracy"]))
+    return dict(images=len(images[0]), real_images=len(real.images), steps=steps,
+                test_images=len(test.images), seeds=found) | {
+        key: float(np.mean([each[key] for each in found])) for key in ("accuracy", "real")}
+
+
+def trained_on_samples(result: dict) -> str:
+    """What `train_on_samples` found, in a line."""
+    def score(key: str) -> str:
+        values = [each[key] for each in result["seeds"]]
+        return f"{result[key]:.2%}" + (f" ± {np.std(values, ddof=1):.2%}" if values[1:] else "")
+
+    return (f"Trained on the {result['images']:,} samples alone, a classifier reads "
+            f"{score('accuracy')} of the {result['test_images']:,} real test images; trained on "
+            f"{result['real_images']:,} real ones, {score('real')}.")
+
+
 # ---------------------------------------------------------------- the report in words and files
 
 
 def table(rows: dict) -> list[str]:
     """The rows of the report as lines of text."""
-    columns = {"accuracy": ".2%", "frechet": ".2f", "precision": ".3f", "recall": ".3f"}
+    columns = {"accuracy": ".2%", "frechet": ".2f", "precision": ".3f", "recall": ".3f",
+               "grain": ".1%"}
+    columns = {k: form for k, form in columns.items() if k in rows["test"]["mean"]}
     width = 17 if rows["samples"]["std"] else 9
     lines = [f"{'':26}{'images':>8}" + "".join(
         f"{key.replace('frechet', 'Frechet'):>{width + 2}}" for key in columns)]
@@ -309,6 +354,8 @@ def from_files(args: Namespace, path: Path, train: data.ImageSet) -> Source:
     """The images in an .npz or a folder, or --images of them, chosen at random."""
     images, labels = read_folder(path, train.class_names) if path.is_dir() else read_npz(path)
     count = args.images or len(images)
+    if args.train_on_samples and labels is None:
+        raise UserError(f"{path} has no labels, which --train-on-samples needs")
     if not MIN_IMAGES <= count <= len(images):
         raise UserError(f"{path} holds {len(images)} images, and {max(count, MIN_IMAGES)} are "
                         f"needed")
@@ -328,7 +375,8 @@ def from_checkpoint(args: Namespace, path: Path, state: dict, device: torch.devi
     checkpoint = as_checkpoint(path, state, args.weights, device)
     how = resolve_sampling(checkpoint, args.cfg_scale, args.steps, args.sampler, args.eta,
                            args.precision)
-    count, seeds = args.images or 1000, list(range(args.seed, args.seed + (args.seeds or 1)))
+    count = args.images or (10_000 if args.train_on_samples else 1000)
+    seeds = list(range(args.seed, args.seed + (args.seeds or 1)))
     y = torch.arange(count) % len(checkpoint.class_names)
     about = dict(step=state["step"], weights=args.weights, sampler=how["sampler"],
                  steps=how["steps"], eta=how["eta"], cfg_scale=how["cfg_scale"], seeds=seeds)
@@ -431,6 +479,10 @@ def main(argv: list[str] | None = None) -> int:
                   torch=torch.__version__, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                   **report(samples, *real, train.class_names, args.seed, device))
     say("", *table(result["rows"]), "", *findings(result))
+    if args.train_on_samples:
+        result["train_on_samples"] = train_on_samples(images, labels, about["seeds"], train, test,
+                                                      known["steps"], device)
+        say(trained_on_samples(result["train_on_samples"]))
     write_report(result, args.json, path.parent if state and is_run_folder(path.parent) else None)
     return 0
 
@@ -446,7 +498,7 @@ def train_ruler(args: Namespace, device: torch.device) -> int:
     """--train-ruler: MNIST's into assets/, any other into output/cache/."""
     if args.images_from is not None:
         raise UserError("--train-ruler measures nothing: leave out the images")
-    refuse(args, (*SAMPLING, "images", "json"), "the images to measure")
+    refuse(args, (*SAMPLING, "images", "train_on_samples", "json"), "the images to measure")
     train, test = load_data(args, None)
     ships = train.name == "mnist" and args.image_size is None
     path = rulers.SHIPPED if ships else rulers.cached_at(train)
@@ -470,12 +522,15 @@ def parser() -> Parser:
                    "under output/, else the one that ships)")
     g = p.add_argument_group("what")
     g.add_argument("--images", type=number(int, MIN_IMAGES, 1_000_000), metavar="N",
-                   help="images to measure (default: 1000 from a checkpoint, class-balanced; else "
-                   "all)")
+                   help="images to measure (default: 1000 from a checkpoint, class-balanced, and "
+                   "10000 with --train-on-samples; else all)")
     g.add_argument("--seed", type=SEED, default=0, help="seed of the noise and of every random "
                    "choice (default: 0)")
     g.add_argument("--seeds", type=COUNT, metavar="K", help="sample K times, with seeds from "
                    "--seed on: mean ± standard deviation (default: 1)")
+    g.add_argument("--train-on-samples", action="store_true", help="also train the ruler's "
+                   "architecture on these images alone, and on as many real ones: both accuracies "
+                   "on the real test set")
     add_sampling_flags(p)
     g = p.add_argument_group("the real images, and the classifier that measures (the ruler)")
     g.add_argument("--dataset", help="mnist, fashion_mnist, cifar10, celeba, glyphs or folder:PATH "

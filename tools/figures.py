@@ -7,6 +7,8 @@
     python -m tools.figures loss CKPT...                error in eps against t
     python -m tools.figures sweep FILE.jsonl...         tools.evaluate's results against guidance
                                                         and steps
+    python -m tools.figures accuracy NAME=FILE.jsonl... distance and recall against accuracy
+    python -m tools.figures densities                   the noise levels that training draws
 
 Each writes a PNG: --out FILE.png, or a new numbered one under output/. `loss` and `sweep` need
 matplotlib.
@@ -36,7 +38,7 @@ from support.data import to_uint8
 from support.folders import find_checkpoint
 from support.sampling import resolve_sampling
 from support.seeds import generator
-from tools import evaluate
+from tools import charts, evaluate
 
 FORWARD_TIMES = [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999]
 X0HAT_TIMES = [999, 950, 900, 800, 600, 400, 200, 50]
@@ -403,6 +405,21 @@ def sweep(args: Namespace, device: torch.device):
     return figure
 
 
+# ---------------------------------------------------------------- curves (tools/charts.py)
+
+
+def accuracy(args: Namespace, device: torch.device) -> Image.Image:
+    """Frechet distance and recall against accuracy, a curve for each name."""
+    runs = [(name, file, read_evaluations([file])) for name, file in map(charts.run_name,
+                                                                         args.runs)]
+    return charts.quality(runs, args.images)
+
+
+def densities(args: Namespace, device: torch.device) -> Image.Image:
+    """The density of the noise levels in training: this project's and published ones."""
+    return charts.densities()
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -442,7 +459,7 @@ def parser() -> Parser:
         if times:
             sub.add_argument("--times", type=number(int, 0), nargs="+", default=times, metavar="T",
                              help=f"timesteps (default: {' '.join(map(str, times))})")
-        if draw is not sweep:
+        if draw not in (sweep, accuracy, densities):
             sub.add_argument("--seed", type=SEED, default=0, help="seed of the images and of the "
                              "noise (default: 0)")
             sub.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
@@ -469,6 +486,13 @@ def parser() -> Parser:
     sub.add_argument("--against", nargs="+", choices=("guidance", "steps"),
                      default=["guidance", "steps"], help="what to draw (default: both, as far as "
                      "there are results)")
+    sub = add(accuracy, "Frechet distance and recall against accuracy, as guidance varies")
+    sub.add_argument("runs", nargs="+", metavar="NAME=FILE.jsonl", help="evaluations.jsonl of a "
+                     "run and the name of its curve (default: the run's prediction); runs of one "
+                     "name are seeds of it")
+    sub.add_argument("--images", type=COUNT, metavar="N", help="use evaluations of N images "
+                     "(default: the number that most have)")
+    add(densities, "the density of the noise levels in training: ours and published ones")
     return p
 
 

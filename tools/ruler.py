@@ -90,9 +90,11 @@ def augment(x: Tensor, rng: torch.Generator) -> Tensor:
     return F.grid_sample(x + 1, places, align_corners=False) - 1
 
 
-def train(images: ImageSet, test: ImageSet, seed: int, device: torch.device) -> tuple[Ruler, dict]:
+def train(images: ImageSet, test: ImageSet, seed: int, device: torch.device,
+          steps: int | None = None) -> tuple[Ruler, dict]:
     """Train a ruler for a data set: (the ruler in eval mode, its weights rounded to float16 as they
-    are stored; its metadata). Deterministic by seed, on one device and number of threads."""
+    are stored; its metadata). steps: by default EPOCHS of the images. Deterministic by seed, on
+    one device and number of threads."""
     if images.images.shape[-1] < 8:
         raise UserError("the ruler needs images of at least 8x8 pixels")
     about = dict(dataset=images.name, digest=images.digest(), seed=seed,
@@ -101,7 +103,7 @@ def train(images: ImageSet, test: ImageSet, seed: int, device: torch.device) -> 
         torch.manual_seed(mix_seed(seed, "ruler"))
         ruler = Ruler(about["in_channels"], about["num_classes"])
     ruler.to(device, memory_format=torch.channels_last).train()
-    steps = max(MIN_STEPS, EPOCHS * len(images.images) // BATCH_SIZE)
+    steps = steps or max(MIN_STEPS, EPOCHS * len(images.images) // BATCH_SIZE)
     opt = torch.optim.AdamW(ruler.parameters(), LR, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, LR, total_steps=steps)
     batches = Batches(images, BATCH_SIZE, mix_seed(seed, "ruler"), device)
@@ -138,7 +140,7 @@ def load(path: Path, device: torch.device) -> tuple[Ruler, dict]:
         about = state["about"]
         if not (state["format"] == FORMAT and math.isfinite(about["test_accuracy"])
                 and isinstance(about["digest"], str) and 0 < about["in_channels"] <= 4
-                and 0 < about["num_classes"] <= 100_000):
+                and 0 < about["num_classes"] <= 100_000 and 0 < about["steps"] <= 1_000_000):
             raise ValueError("its metadata are damaged")
         ruler = Ruler(about["in_channels"], about["num_classes"])
         ruler.load_state_dict(state["weights"])
@@ -148,21 +150,23 @@ def load(path: Path, device: torch.device) -> tuple[Ruler, dict]:
     return ruler.eval().to(device, memory_format=torch.channels_last), about
 
 
-def cached_at(images: ImageSet) -> Path:
+def cached_at(images: ImageSet, seed: int = 0) -> Path:
     """Where the ruler of a data set is stored, if it is not the one that ships."""
-    return paths.OUTPUT / "cache" / f"ruler-{slug(images.name)}-{images.digest()}.pt"
+    name = f"ruler-{slug(images.name)}-{images.digest()}" + f"-seed{seed}" * (seed > 0)
+    return paths.OUTPUT / "cache" / f"{name}.pt"
 
 
-def find(images: ImageSet, test: ImageSet, device: torch.device) -> tuple[Ruler, dict, Path]:
+def find(images: ImageSet, test: ImageSet, device: torch.device, seed: int = 0,
+         steps: int | None = None) -> tuple[Ruler, dict, Path]:
     """(the ruler of a data set, its metadata, its file): the one that ships if it was trained on
     exactly these images, else the one under output/cache, else a new one, stored there."""
-    own = cached_at(images)
-    for path in (SHIPPED, own) if images.name == "mnist" else (own,):
+    own = cached_at(images, seed)
+    for path in (SHIPPED, own) if images.name == "mnist" and seed == 0 else (own,):
         if path.is_file():
             ruler, about = load(path, device)
-            if about["digest"] == images.digest():
+            if about["digest"] == images.digest() and about["steps"] == (steps or about["steps"]):
                 return ruler, about, path
-    ruler, about = train(images, test, 0, device)
+    ruler, about = train(images, test, seed, device, steps)
     try:
         save(own, ruler, about)
         say(f"written: {paths.short(own)} (the ruler of {images.name})")
