@@ -74,7 +74,7 @@ def train(batches: Batches, state: TrainingState, diffusion: GaussianDiffusion, 
         update_ema(state.ema, state.model, min(args.ema_decay, (1 + step) / (10 + step)))
 
         run.log(loss=loss, loss_eps=diffusion.loss_in_eps(loss, t), grad_norm=grad_norm,
-                lr=args.lr * lr_factor)
+                lr=args.lr * lr_factor, t=t)
 
 
 TIMESTEPS = {       # the distribution of t, (B,): t = TIMESTEPS[name](diffusion, rng, args)

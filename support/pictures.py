@@ -60,14 +60,22 @@ def trajectory_strip(frames: list[tuple[int, Tensor, Tensor]], columns: int = 10
     return sheet
 
 
-def animation(frames: list[Image.Image]) -> bytes:
-    """A GIF of the frames; the last one is held for two seconds. Noise compresses badly, hence 16
-    colours for grey frames and 128 for colour."""
+def titled(picture: Image.Image, title: str) -> Image.Image:
+    """A picture with a line of text above it."""
+    sheet = Image.new("RGB", (picture.width, picture.height + TITLE), BACKGROUND)
+    sheet.paste(picture, (0, TITLE))
+    _write(sheet, 4, title)
+    return sheet
+
+
+def animation(frames: list[Image.Image], milliseconds: int = 120) -> bytes:
+    """A GIF of the frames, each shown for so long and the last one for two seconds. Noise
+    compresses badly, hence 16 colours for grey frames and 128 for colour."""
     grey = frames[-1].convert("HSV").getchannel("S").getextrema() == (0, 0)
     frames = [frame.quantize(16 if grey else 128, dither=Image.Dither.NONE) for frame in frames]
     out = io.BytesIO()
     frames[0].save(out, format="GIF", save_all=True, append_images=frames[1:], loop=0,
-                   duration=[120] * (len(frames) - 1) + [2000])
+                   duration=[milliseconds] * (len(frames) - 1) + [2000])
     return out.getvalue()
 
 

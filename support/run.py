@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from support import checkpoints, components, data, distributed, paths, settings
+from support import checkpoints, components, data, distributed, loggers, paths, settings
 from support.cli import UserError, atomic_write, io_errors, reason
+from support.curves import QUARTERS, loss_curve
 from support.distributed import StepRandom, broadcast_from_rank0
 from support.folders import (
     CONFIG,
@@ -47,8 +48,8 @@ class Run:
     """
 
     def __init__(self, given: dict, defaults: settings.Settings):
-        self.given = given
         self.device = distributed.join(given.get("device"))
+        self.given = given = broadcast_from_rank0(lambda: defaults.with_config(given))
         self._start: Start | None = None
 
         def start() -> tuple:
@@ -59,6 +60,7 @@ class Run:
         self.args = defaults.resolve(given, self.device.type, recipe,
                                      settings.inherited_from(content))
         components.check_flags(self.args)
+        broadcast_from_rank0(lambda: loggers.check(self.args.logger))
         self.initial_weights = content and checkpoints.weights_in(content, given["init_from"])
         self.share = distributed.share_of(self.args.batch_size, self.args.grad_accum)
         self.start = self.resumed["step"] if self.resumed else 0
@@ -155,6 +157,9 @@ class Run:
                 f"{self.folder} is at step {self.start:,} already, beyond --steps "
                 f"{self.args.steps:,}")
         self.metrics = Metrics(self)
+        logs = distributed.rank() == 0 and self.start < self.stop
+        self.logger = loggers.Logger(self.args.logger if logs else "none", self.folder,
+                                     self.config, self.start)
 
     def _open_folder(self) -> Path:
         start, args = self._start, self.args
@@ -257,7 +262,7 @@ class Run:
         if self.start >= self.stop:
             return
         begun = time.perf_counter()
-        with self.signals, self.metrics.progress_bar():
+        with self.signals, self.logger, self.metrics.progress_bar():
             for step in range(self.start, self.stop):
                 yield step
                 if self._after(step + 1):
@@ -268,9 +273,10 @@ class Run:
         """The random numbers of a step: a function of --seed and the step alone."""
         return StepRandom(self.device, self.args.seed, step, self.args.batch_size, self.share)
 
-    def log(self, **numbers: Tensor | float) -> None:
-        """Record this step's numbers (of tensors, the mean) without waiting for the device."""
-        self.metrics.record(numbers)
+    def log(self, *, t: Tensor, **numbers: Tensor | float) -> None:
+        """Record this step's numbers (of tensors, the mean), and the mean of `loss` (B,) in each
+        quarter of the timesteps t (B,), without waiting for the device."""
+        self.metrics.record(numbers, t)
 
     def _after(self, done: int) -> bool:
         """Checkpoints and previews where they are due, or asked for by a signal. True when the
@@ -288,6 +294,7 @@ class Run:
                 path = self.folder / "samples" / f"step_{done:07d}.png"
                 try:
                     self.preview(path, done, lambda: self.signals.received)
+                    self.logger.preview(path, done)
                 except OSError as error:
                     distributed.warn(f"{path} cannot be written ({reason(error)})")
             self.metrics.restart_clock()
@@ -342,18 +349,23 @@ class Metrics:
     def restart_clock(self) -> None:
         self.clock = time.perf_counter()
 
-    def record(self, numbers: dict) -> None:
+    def record(self, numbers: dict, t: Tensor) -> None:
         if not self.columns:
             self.columns = list(numbers)
             length = min(self.run.args.log_every, self.run.stop - self.run.start)
-            self.buffer = torch.zeros(length, len(self.columns), device=self.device)
+            self.quarters = torch.arange(len(QUARTERS), device=self.device)
+            self.buffer = torch.zeros(length, len(self.columns) + 2 * len(QUARTERS),
+                                      device=self.device)
             scaled = self.run.state.scaler.is_enabled()     # fp16: inf gradients are expected
             self.ignored = torch.tensor([c == "grad_norm" and scaled for c in self.columns],
                                         device=self.device)
         row = torch.stack([     # full() fills on the device; a copy from the host would wait for it
             n.detach().float().mean() if isinstance(n, Tensor) else
             torch.full((), n, device=self.device) for n in numbers.values()])
-        self.buffer[self.recorded - self.read] = row
+        quarter = t * len(QUARTERS) // self.run.state.num_timesteps
+        inside = quarter[:, None] == self.quarters                              # (B, 4)
+        sums = (inside * numbers["loss"].detach().float()[:, None]).sum(dim=0)
+        self.buffer[self.recorded - self.read] = torch.cat([row, sums, inside.sum(dim=0)])
         good = (row.isfinite() | self.ignored).all() | (self.first_bad != NEVER)
         self.recorded += 1
         self.first_bad = torch.where(good, self.first_bad, self.recorded)
@@ -369,12 +381,12 @@ class Metrics:
             return
         rows = distributed.all_reduce_mean(self.buffer[:count].clone()).tolist()
         first_bad = -distributed.all_reduce_max(-int(self.first_bad))
-        self.unwritten += [
-            json.dumps({"step": step, **{c: float(f"{n:.7g}") for c, n in
-                                         zip(self.columns, row, strict=True)}})
-            for step, row in enumerate(rows, self.read + 1) if step < first_bad]
+        named = [{"step": step, **{c: float(f"{n:.7g}") for c, n in self._named(row)}}
+                 for step, row in enumerate(rows, self.read + 1) if step < first_bad]
+        self.unwritten += map(json.dumps, named)
         self.read = self.recorded
         self._write()
+        self.run.logger.log(named)
         if first_bad != NEVER:
             raise UserError(
                 f"the loss or its gradient is not finite at step {first_bad}: nothing of it is "
@@ -386,6 +398,15 @@ class Metrics:
         self.bar.set_postfix_str(f"loss {sum(row[0] for row in rows) / count:.4f}, "
                                  f"{count * self.run.args.batch_size / seconds:,.0f} images/s",
                                  refresh=False)
+
+    def _named(self, row: list[float]) -> Iterator[tuple[str, float]]:
+        """The names and values of a buffer's row. Its sums and counts are means over the ranks,
+        whose ratio is that of the totals; a quarter without an image has no value."""
+        end = len(self.columns)
+        yield from zip(self.columns, row, strict=False)
+        for name, total, count in zip(QUARTERS, row[end:], row[end + len(QUARTERS):], strict=False):
+            if count:
+                yield name, total / count
 
     def _write(self) -> None:
         if distributed.rank() > 0 or not self.unwritten:
@@ -432,29 +453,3 @@ class StopSignals:
         if not self.received:
             self.received, self._since = signum, time.monotonic()
             os.write(2, b"\nstopping after this step, with a checkpoint\n")
-
-
-def loss_curve(folder: Path) -> Path | None:
-    """Draw metrics.jsonl as loss.png; without matplotlib, say what to install."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        distributed.say("no loss curve: pip install matplotlib draws one at the end of a run")
-        return None
-    rows = read_metrics(folder / "metrics.jsonl")
-    steps, losses = [r["step"] for r in rows], torch.tensor([r["loss"] for r in rows])
-    width = max(1, min(100, len(rows) // 10))
-    smooth = losses.unfold(0, width, 1).mean(1) if len(rows) else losses
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.semilogy(steps, losses, lw=0.4, alpha=0.4, label="each step")
-    axes.semilogy(steps[width - 1:], smooth, label=f"mean of {width} steps")
-    axes.set(xlabel="step", ylabel="loss", title=folder.name)
-    axes.legend()
-    path = folder / "loss.png"
-    try:
-        atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    except OSError as error:
-        distributed.warn(f"{path} cannot be written ({reason(error)})")
-        return None
-    return path

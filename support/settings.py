@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffusion import PREDICTIONS, WEIGHTINGS
 from dit import MODELS
-from support import components, distributed
+from support import components, distributed, loggers
 from support.celeba import ATTRIBUTES
 from support.cli import BATCH, COUNT, SEED, SIDE, Parser, UserError, number, shorten
 
@@ -14,13 +14,13 @@ TIMESTEPS = ("uniform", "log-normal", "logit-normal")
 # Defaults of what is not part of the recipe: data, and how and where a run is computed.
 DEFAULTS = dict(dataset="mnist", data_dir=None, image_size=None, celeba_attribute=None, flip=False,
                 network="dit", process="ddpm", weighting=None, grad_accum=1, precision="auto",
-                compile=None, seed=0, keep=3, **dict.fromkeys(components.FLAGS))
+                compile=None, seed=0, keep=3, logger="none", **dict.fromkeys(components.FLAGS))
 # The values of checkpoints from before there was a flag for them.
 BEFORE = dict(timesteps="uniform", weighting="plain")
 # What a resumed run may change: nothing that changes what a step computes.
 FREE = {"steps", "log_every", "preview_every", "save_every", "keep", "device", "data_dir", "out",
-        "stop_after", "resume", "grad_accum"}
-NOT_RECORDED = ("out", "stop_after", "device", "resume", "init_from")
+        "stop_after", "resume", "grad_accum", "logger"}
+NOT_RECORDED = ("out", "stop_after", "device", "resume", "init_from", "config")
 
 
 class Settings:
@@ -54,7 +54,8 @@ class Settings:
                 distributed.say(f"the learning-rate schedule changes: {recorded['steps']:,} steps "
                                 f"before, {given['steps']:,} now")
             values.update(recorded)
-        values.update({k: v for k, v in given.items() if k not in ("resume", "init_from")})
+        values.update({k: v for k, v in given.items()
+                       if k not in ("resume", "init_from", "config")})
         if values["weighting"] is None:
             values["weighting"] = "v" if values["prediction"] == "x0" else "plain"
         if values["dataset"] == "celeba":
@@ -62,6 +63,20 @@ class Settings:
         elif values["celeba_attribute"] is not None:
             raise UserError(f"--celeba-attribute does not apply to --dataset {values['dataset']}")
         return argparse.Namespace(**values)
+
+    def with_config(self, given: dict) -> dict:
+        """The flags given, completed by the recipe in the file of --config. Raises UserError."""
+        if "config" not in given:
+            return given
+        if "resume" in given:
+            raise UserError("--resume continues a run with its recipe, --config starts a new one "
+                            "with that of another: give one of them")
+        recipe = read_config(Path(given["config"]))
+        try:
+            recipe = self.checked(recipe)
+        except UserError as error:
+            raise UserError(f"--config {given['config']}: {error}") from None
+        return {**{key: value for key, value in recipe.items() if value is not None}, **given}
 
     def checked(self, recorded: dict) -> dict:
         """A recorded recipe, validated as if it had been typed: a file may hold anything. What it
@@ -84,13 +99,16 @@ class Settings:
             raise UserError(f"the recorded recipe is not valid: {shorten(error)}") from None
         return {key: read.get(key) for key in defaults}
 
-    def parser(self, description: str = "") -> Parser:
-        """What is not given is absent from the parsed namespace."""
+    def parser(self, description: str = "", without: frozenset = frozenset()) -> Parser:
+        """What is not given is absent from the parsed namespace. without: keys of flags that the
+        parser of another command does not take."""
         p = Parser(description, argument_default=argparse.SUPPRESS, hints={
             "--patch-size": "the patch size is part of --model, for example DiT-Nano/4"})
 
         def add(group, flag: str, text: str, **options) -> None:
             key = flag[2:].replace("-", "_")
+            if key in without:
+                return
             gpu, cpu = (self.defaults(d).get(key) for d in ("cuda", "cpu"))
             default = gpu if gpu == cpu else f"{gpu} on a GPU, {cpu} on a CPU"
             if default is not None and not isinstance(default, bool):
@@ -105,6 +123,8 @@ class Settings:
             "checkpoint; flags not given come from it", nargs="?", const=None, metavar="CKPT")
         add(g, "--init-from", "start a new run from the weights in this file, run folder or "
             "export, as far as they fit", metavar="CKPT")
+        add(g, "--config", "start a new run with the recipe in this config.json of a run; flags "
+            "override it", metavar="FILE")
         add(g, "--steps", "length of the run and of its schedules, in steps", type=COUNT)
         add(g, "--stop-after", "end this call after so many steps, with a checkpoint and exit "
             "status 0", type=COUNT)
@@ -162,6 +182,8 @@ class Settings:
         g = p.add_argument_group("logging and checkpoints")
         add(g, "--log-every", "steps between updates of metrics.jsonl and the progress bar "
             "(every step is recorded)", type=number(int, 1, 100_000))
+        add(g, "--logger", "also log to tensorboard or wandb (packages to install; "
+            "docs/training.md)", choices=loggers.NAMES)
         add(g, "--preview-every", "steps between sample grids", type=COUNT)
         add(g, "--save-every", "steps between checkpoints", type=COUNT)
         add(g, "--keep", "checkpoints kept, the last ones", type=COUNT)
@@ -198,9 +220,9 @@ def read_config(path: Path) -> dict:
         recipe = json.loads(path.read_text())["recipe"]
         if isinstance(recipe, dict):
             return recipe
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
-    raise UserError(f"{path} is not the configuration of a run")
+    raise UserError(f"{path} is not the config.json of a run")
 
 
 def largest_fitting_patch(model: str, size: int) -> str:

@@ -25,6 +25,7 @@ class TrainingState:
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], diffusion,
                  args, device: torch.device):
         self.model, self.optimizers, self.micro_batches = model, optimizers, args.grad_accum
+        self.num_timesteps = diffusion.num_timesteps
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.precision = pick_precision(args.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")

@@ -84,6 +84,9 @@ def test_20_steps_are_those_of_one_process(trained, world):
     alone = load(trained("--steps", 20, *PLAIN, out="one"))
     together(world, "--steps", 20, *PLAIN, "--grad-accum", 8 // world // 2, "--out", "many")
     assert losses("many") == pytest.approx(losses("one"), rel=1e-5)
+    for row, other in zip(*(read_metrics(Path(folder) / "metrics.jsonl")
+                            for folder in ("one", "many")), strict=True):
+        assert other == pytest.approx(row, rel=1e-4)    # with the same quarters of t
     several = load("many/step_0000020.pt")
     assert_weights_agree(alone, several)
     assert alone["config"]["recipe"] == {**several["config"]["recipe"], "grad_accum": 1}
@@ -132,6 +135,12 @@ def test_flipped_images_do_not_depend_on_the_number_of_processes(trained):
     trained(*flags, out="one")
     together(2, *flags, "--out", "two")
     assert losses("two") == pytest.approx(losses("one"), rel=1e-5)
+
+
+def test_rank_0_alone_logs(train):
+    pytest.importorskip("tensorboard")
+    together(2, "--steps", 4, *PLAIN, "--logger", "tensorboard", "--out", "run")
+    assert len(list(Path("run/tensorboard").iterdir())) == 1
 
 
 def test_rank_0_alone_writes(train):

@@ -83,7 +83,7 @@ def train_one_step(args, images_on: str) -> TrainingState:
                           random=lambda step: Random())
     metrics = Metrics(run)
     metrics.bar = SimpleNamespace(update=lambda: None)
-    run.steps, run.log = lambda: iter([0]), lambda **numbers: metrics.record(numbers)
+    run.steps, run.log = lambda: iter([0]), lambda t, **numbers: metrics.record(numbers, t)
     batches = Batches(images, 4, 0, CUDA)
     batches.index = lambda step: torch.zeros(4, dtype=torch.int64, device=images_on)
     train_mnist.train(batches, state, diffusion, run)

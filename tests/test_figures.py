@@ -198,13 +198,13 @@ def test_an_overlay_outlines_the_query_and_colours_what_it_attends_to():
     assert labels[12:28, 8:32].any() and not labels[:10].any()                  # "100"
 
 
-# ---------------------------------------------------------------- loss
+# ---------------------------------------------------------------- error in eps
 
 
-def test_loss_of_models_that_output_zero_is_the_closed_form(pair, drawn):
+def test_the_error_of_models_that_output_zero_is_the_closed_form(pair, drawn):
     fresh = [f"{p}/step_0000000.pt" for p in pair]
     for size in (100, 7):
-        assert run("loss", *fresh, "--images", 30, "--bins", 10, "--batch-size", size, "--seed", 3,
+        assert run("error", *fresh, "--images", 30, "--bins", 10, "--batch-size", size, "--seed", 3,
                    "--out", f"{size}.png") == 0
     eps, v = ((line.get_xdata(), line.get_ydata()) for line in drawn[0].axes[0].lines)
     assert np.allclose(eps[0], np.arange(10) * 100 + 49.5)
@@ -349,16 +349,16 @@ def test_mnist_is_looked_for_in_data_dir(train, monkeypatch):
 def test_without_matplotlib_the_figures_that_need_it_say_so(pair, monkeypatch):
     for name in [m for m in sys.modules if m.split(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    for flags in (["loss", "v"], ["sweep", "none.jsonl"]):
+    for flags in (["error", "v"], ["loss", "v"], ["sweep", "none.jsonl"]):
         if flags[0] == "sweep":
             Path("none.jsonl").write_text(line(1.0) + "\n" + line(2.0) + "\n")
         assert "pip install matplotlib" in refused(*flags, "--out", "m.png")
     assert run("x0hat", "v", "--times", 5, "--images", 1, "--out", "x.png") == 0
 
 
-def test_a_loss_in_more_bins_than_timesteps_is_refused(pair):
+def test_an_error_in_more_bins_than_timesteps_is_refused(pair):
     pytest.importorskip("matplotlib")
-    assert "1000 timesteps" in refused("loss", "v", "--bins", 1001)
+    assert "1000 timesteps" in refused("error", "v", "--bins", 1001)
 
 
 @pytest.mark.parametrize("text, says", [

@@ -218,7 +218,7 @@ def test_the_packages_are_those_that_are_promised():
     assert required("requirements.txt") == {"torch", "torchvision", "numpy", "tqdm", "pillow"}
     base = required("requirements.txt") | {"PIL"} | set(sys.stdlib_module_names)
     base |= {p.stem for p in ROOT.glob("*.py")} | {"support", "variants", "tools"}
-    optional = {"matplotlib", "safetensors"}        # inside a function that says what is missing
+    optional = {"matplotlib", "safetensors", "wandb"}     # in a function that says what is missing
     for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("variants/*.py")]:
         tree = ast.parse(path.read_text())
         assert imports(tree) <= base | optional, path.name

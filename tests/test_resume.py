@@ -370,7 +370,7 @@ def test_checkpoints_from_before_a_flag_was_there_are_resumed(train, trained):
 
     def as_it_was(config):
         for key in ("timesteps", "weighting", "noise_mean", "noise_std", "flip", "network",
-                    "process"):
+                    "process", "logger"):
             del config["recipe"][key]
         del config["network"], config["process"], config["diffusion"]["weighting"]
         config["prediction"] = config["diffusion"].pop("prediction")

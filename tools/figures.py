@@ -4,13 +4,18 @@
     python -m tools.figures attention CKPT              what one patch of a digit attends to
     python -m tools.figures guidance CKPT               the same noise at several guidance scales
     python -m tools.figures x0hat CKPT_EPS CKPT_V       each model's estimate of the clean image
-    python -m tools.figures loss CKPT...                error in eps against t
+    python -m tools.figures error CKPT...               error in eps against t
     python -m tools.figures sweep FILE.jsonl...         tools.evaluate's results against guidance
                                                         and steps
     python -m tools.figures accuracy NAME=FILE.jsonl... distance and recall against accuracy
     python -m tools.figures densities                   the noise levels that training draws
 
-Each writes a PNG: --out FILE.png, or a new numbered one under output/. `loss` and `sweep` need
+
+    python -m tools.figures loss RUN...                 loss against the step, in all and in each
+                                                        quarter of t
+    python -m tools.figures training RUN                the run's previews as a GIF
+
+Each writes --out FILE.png, or a new numbered file under output/. `error`, `sweep` and `loss` need
 matplotlib.
 """
 
@@ -34,8 +39,10 @@ from support import checkpoints, distributed, paths
 from support.cli import (
     BATCH, COUNT, SCALE, SEED, Parser, UserError, atomic_write, check_target, io_errors, next_free,
     number, run_command, say)
+from support.curves import draw_losses
 from support.data import to_uint8
-from support.folders import find_checkpoint
+from support.folders import find_checkpoint, newest_run
+from support.pictures import animation, titled
 from support.sampling import resolve_sampling
 from support.seeds import generator
 from tools import charts, evaluate
@@ -283,7 +290,7 @@ def loss_by_time(m: Checkpoint, x0: Tensor, y: Tensor, args: Namespace, bar
     return [(low + high - 1) / 2 for low, high in zip(edges, edges[1:], strict=False)], means
 
 
-def loss(args: Namespace, device: torch.device):
+def error(args: Namespace, device: torch.device):
     """The mean error in eps against t, for each model, on images it was not trained on."""
     figure = new_figure(figsize=(7, 4))
     state, models = load_models(args.checkpoints, device)
@@ -420,6 +427,40 @@ def densities(args: Namespace, device: torch.device) -> Image.Image:
     return charts.densities()
 
 
+# ---------------------------------------------------------------- training runs
+
+
+def find_run(folder: Path | None, file: str) -> Path:
+    """A run folder: the named one, else the newest under output/. Raises UserError where it does
+    not hold what the pattern `file` names."""
+    folder = newest_run(paths.OUTPUT) if folder is None else folder
+    if folder is None:
+        raise UserError(f"no run under {paths.short(paths.OUTPUT)} yet: name a run folder")
+    if not any(folder.glob(file)):
+        raise UserError(f"{folder} has no {file}: name the folder of a training run")
+    return folder
+
+
+def loss(args: Namespace, device: torch.device):
+    """The losses of runs against the step, and below them in each quarter of t. Beside a run of
+    the CPU preset, the expected curve."""
+    figure = new_figure(figsize=(10, 7))
+    folders = [find_run(folder, "metrics.jsonl") for folder in args.runs or [None]]
+    names = [folder.resolve().name for folder in folders]
+    draw_losses(figure, folders, [name if names.count(name) == 1 else str(folder)
+                                  for name, folder in zip(names, folders, strict=True)])
+    return figure
+
+
+def training(args: Namespace, device: torch.device) -> bytes:
+    """The previews of a run, which share their noise, as an animation with the step above each."""
+    folder, frames = find_run(args.run, "samples/step_[0-9]*.png"), []
+    for path in sorted(folder.glob("samples/step_[0-9]*.png")):
+        with io_errors(f"{path} cannot be read"), Image.open(path) as picture:
+            frames.append(titled(picture.convert("RGB"), "step " + path.stem[5:].lstrip("0")))
+    return animation(frames, milliseconds=500)
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -427,11 +468,14 @@ def main(argv: list[str] | None = None) -> int:
     args, unknown = parser().parse_known_args(argv)
     if unknown:                             # reported by the subcommand, which knows its flags
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    check_target(args.out or next_free(paths.OUTPUT, args.figure, ".png"), args.force, ".png")
+    suffix = ".gif" if args.draw is training else ".png"
+    check_target(args.out or next_free(paths.OUTPUT, args.figure, suffix), args.force, suffix)
     figure = args.draw(args, distributed.pick_device(getattr(args, "device", "cpu")))
-    target = args.out or next_free(paths.OUTPUT, args.figure, ".png")   # free at this time
+    target = args.out or next_free(paths.OUTPUT, args.figure, suffix)   # free at this time
     with io_errors(f"{target} cannot be written"):
-        if isinstance(figure, Image.Image):
+        if isinstance(figure, bytes):
+            atomic_write(target, lambda file: file.write(figure))
+        elif isinstance(figure, Image.Image):
             atomic_write(target, lambda file: figure.save(file, format="png"))
         else:
             atomic_write(target, lambda file: figure.savefig(file, format="png", dpi=140))
@@ -459,12 +503,13 @@ def parser() -> Parser:
         if times:
             sub.add_argument("--times", type=number(int, 0), nargs="+", default=times, metavar="T",
                              help=f"timesteps (default: {' '.join(map(str, times))})")
-        if draw not in (sweep, accuracy, densities):
+        if draw not in (sweep, accuracy, densities, loss, training):
             sub.add_argument("--seed", type=SEED, default=0, help="seed of the images and of the "
                              "noise (default: 0)")
             sub.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
-        sub.add_argument("--out", type=Path, metavar="FILE.png", help="the figure (default: a new "
-                         "numbered file under output/)")
+        suffix = ".gif" if draw is training else ".png"
+        sub.add_argument("--out", type=Path, metavar=f"FILE{suffix}", help="the figure (default: a "
+                         "new numbered file under output/)")
         sub.add_argument("--force", action="store_true", help="overwrite an existing file")
         return sub
 
@@ -475,7 +520,7 @@ def parser() -> Parser:
     sub.add_argument("--cfg-scale", type=SCALE, nargs="+", default=[0, 1, 2, 4], metavar="S",
                      help="guidance scales (default: 0 1 2 4)")
     sub.add_argument("--steps", type=COUNT, help="sampling steps (default: the checkpoint's)")
-    sub = add(loss, "mean squared error in eps against t", "checkpoints", 500)
+    sub = add(error, "mean squared error in eps against t", "checkpoints", 500)
     sub.add_argument("--bins", type=COUNT, default=20, help="equal parts of the timesteps "
                      "(default: 20)")
     sub.add_argument("--batch-size", type=BATCH, default=250, help="images at a time "
@@ -493,6 +538,12 @@ def parser() -> Parser:
     sub.add_argument("--images", type=COUNT, metavar="N", help="use evaluations of N images "
                      "(default: the number that most have)")
     add(densities, "the density of the noise levels in training: ours and published ones")
+    sub = add(loss, "loss against the step, in all and in each quarter of t")
+    sub.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: the "
+                     "newest under output/)")
+    sub = add(training, "the previews of a run as a GIF, with the step on each")
+    sub.add_argument("run", nargs="?", type=Path, metavar="RUN", help="a run folder (default: the "
+                     "newest under output/)")
     return p
 
 
