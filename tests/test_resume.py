@@ -511,7 +511,7 @@ def test_resume_touches_nothing_but_a_run_of_its_own(train, checkpoint):
 def test_a_config_that_is_not_of_a_run_is_left_alone(train):
     Path("web").mkdir()
     Path("web/config.json").write_text("precious")
-    with pytest.raises(UserError, match="web/config.json is not the configuration of a"):
+    with pytest.raises(UserError, match="web/config.json is not the config.json of a"):
         train("--resume", "--out", "web")
     assert Path("web/config.json").read_text() == "precious"
 

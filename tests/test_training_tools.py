@@ -482,8 +482,9 @@ def test_the_suggestion_is_a_tenth_of_the_rate_with_the_lowest_loss():
     assert lr_finder.suggestion(rates, losses) == pytest.approx((1e-3, 1e-2))
     assert lr_finder.suggestion(rates, [1.0, 2.0]) == (1e-5, 1e-5)      # never below the first
     sweep = lr_finder.Sweep(None, None, None, [], rates)
-    for losses, diverged in [([1.0], False), ([1.0] * 5 + [12.0], False), ([1.0, 20.0], True),
-                             ([1.0, math.nan], True), ([math.inf], True)]:
+    for losses, diverged in [([1.0], False), ([1.0, 20.0], False), ([1.0] * 20 + [25.0], False),
+                             ([1.0] * 20 + [40.0], True), ([1.0, math.nan], True),
+                             ([math.inf], True)]:
         sweep.losses = losses
         assert sweep.diverged == diverged, losses
 

@@ -32,6 +32,7 @@ from support.state import TrainingState
 from tools.figures import new_figure
 
 DIVERGED = 4            # times the lowest smoothed loss
+NOISY = 10              # steps at the start, whose mean loss is too noisy to judge
 SMOOTHING = 0.9         # decay of the loss's exponential moving average
 # Flags of train_mnist.py that have no meaning here, or another one
 OTHERS = frozenset(("out", "resume", "init_from", "steps", "stop_after", "warmup", "decay",
@@ -68,7 +69,8 @@ class Sweep:
     @property
     def diverged(self) -> bool:
         smooth = smoothed(self.losses)
-        return not smooth[-1] <= DIVERGED * min(smooth)         # also where it is not a number
+        risen = smooth[-1] > DIVERGED * min(smooth) and len(smooth) > NOISY
+        return risen or not math.isfinite(smooth[-1])
 
 
 def smoothed(losses: list[float]) -> list[float]:
