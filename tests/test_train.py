@@ -444,7 +444,8 @@ def test_help_names_every_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "length of the run and of its schedules, in steps (default: 12000 on a GPU, 4000" in text
     told = {action.dest: action.help for action in SETTINGS.parser()._actions}
-    in_words = {"image_size": "the data set's; 32", "compile": "on with a GPU", "flip": "off",
+    in_words = {"image_size": "the data set's; 64 for celeba", "compile": "on where a",
+                "flip": "off", "celeba_attribute": "Male", "logger": "none",
                 "data_dir": "data/ beside", "weighting": "v for x0, plain for eps and v"}
     gpu, cpu = SETTINGS.defaults("cuda"), SETTINGS.defaults("cpu")
     assert all("(default: " in told[key] for key in components.FLAGS)       # their networks' own

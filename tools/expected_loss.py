@@ -6,6 +6,9 @@
 network, process, objective and batch size.
 """
 
+if not __package__:
+    raise SystemExit("error: run this file as a module: python -m tools.expected_loss")
+
 import json
 from pathlib import Path
 

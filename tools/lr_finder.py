@@ -11,6 +11,9 @@ suggestion is a tenth of the rate with the lowest smoothed loss. Writes the curv
 FILE.png, or a new numbered file under output/. No run is changed or made.
 """
 
+if not __package__:
+    raise SystemExit("error: run this file as a module: python -m tools.lr_finder")
+
 import support.threads  # noqa: F401  (before torch)
 
 import math

@@ -20,6 +20,9 @@ cifar10-airbench:
 5. The hardware and the version of torch are reported. Everything else may change.
 """
 
+if not __package__:
+    raise SystemExit("error: run this file as a module: python -m tools.speed_run")
+
 import contextlib
 import io
 import json
