@@ -306,7 +306,7 @@ def test_a_folder_of_images_may_move_and_have_another_name(train):
     ("--model", "DiT-Nano/4", TINY), ("--prediction", "eps", train_mnist.RECIPE["prediction"]),
     ("--dataset", "mnist", "glyphs"), ("--weighting", "min-snr", "v"), ("--flip", None, "False"),
     ("--ema-decay", "0.5", "0.995"), ("--label-dropout", "0", "0.1"), ("--clip", "3", "1.0"),
-    ("--timesteps", "uniform", train_mnist.RECIPE["timesteps"]), ("--noise-mean", "-1.5", "0.0"),
+    ("--timesteps", "uniform", train_mnist.RECIPE["timesteps"]), ("--noise-mean", "-1.5", "0.4"),
     ("--optimizer", "adamw", "muon"), ("--precision", "fp32", "auto"),
     ("--image-size", "14", "None"),
 ])
