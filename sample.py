@@ -11,7 +11,6 @@ From Python: `from sample import load, generate`, then `generate(load(), [3, 1, 
 
 import support.threads  # noqa: F401  (before torch)
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +19,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion import GaussianDiffusion, classifier_free_guidance
+from diffusion import GaussianDiffusion
 from dit import DiT
-from support import checkpoints, distributed, paths, pictures
+from support import checkpoints, components, distributed, paths, pictures
 from support.cli import UserError, run_command, say
 from support.data import to_uint8
 from support.folders import find_checkpoint
 from support.sampling import (
     Images,
     check_flags,
+    choose_labels,
+    describe,
+    label_grid,
     parse_label,
     parser,
     resolve_sampling,
+    settings_from,
     targets,
     write_all,
 )
@@ -92,11 +95,11 @@ def sample(checkpoint: Checkpoint, y: Tensor, seed: int, how: dict, batch_size: 
     model, diffusion = checkpoint.model, checkpoint.diffusion
     shape = (model.in_channels, model.input_size, model.input_size)
     device = next(model.parameters()).device
-    sampler, options = diffusion.samplers[how["sampler"]], how["options"]
+    sampler, options = components.find_sampler(diffusion, how["sampler"]), how["options"]
     for start in range(0, len(y), batch_size):
         labels = y[start : start + batch_size].to(device)
         noise = ImageNoise(seed, first + start, first + start + len(labels), shape, device)
-        predict = classifier_free_guidance(model, labels, how["cfg_scale"])
+        predict = how["guidance"](model, labels, how["cfg_scale"])  # classifier_free_guidance
         xt = noise("T")
         with distributed.autocast(device, how["precision"]):
             for t, xt_next, x0_hat in sampler(predict, xt, noise=noise, **options):
@@ -116,23 +119,15 @@ def main(argv: list[str] | None = None) -> int:
     check_flags(args)
     device = distributed.join(args.device)
     checkpoint = load(args.checkpoint, device, args.weights)
-    scales = args.cfg_scale or [checkpoint.sampling["cfg_scale"]]
-    settings = [resolve_sampling(checkpoint, s, args.steps, args.sampler, args.eta, args.precision)
-                for s in scales]
-    steps = settings[0]["steps"]
-
-    # One row of the grid per label, or a near-square grid with one image per label
-    names = checkpoint.class_names
-    labels = [parse_label(text, names) for text in args.labels or names[:10]]
-    per_class = args.per_class or (1 if args.labels else 10)
-    y = torch.tensor(labels).repeat_interleave(per_class)
-    columns = per_class if per_class > 1 else math.ceil(math.sqrt(len(labels)))
+    settings = settings_from(args, checkpoint)          # one for each guidance scale
+    scales, steps = [how["cfg_scale"] for how in settings], settings[0]["steps"]
+    y, columns = choose_labels(args, checkpoint.class_names)
     outputs = targets(args, len(y))
     distributed.say(f"{paths.short(checkpoint.path)}: step {checkpoint.step:,}"
-                    f"{'' if checkpoint.step else ' (untrained)'}, "
-                    f"{settings[0]['sampler']}, {steps} step{'s' * (steps > 1)}, guidance "
-                    f"{' '.join(f'{s:g}' for s in scales)}, {len(y)} image{'s' * (len(y) > 1)}, "
-                    f"seed {args.seed}")
+                    f"{'' if checkpoint.step else ' (untrained)'}, {describe(args, settings)}, "
+                    f"{len(y)} image{'s' * (len(y) > 1)}, seed {args.seed}")
+    if args.random_labels and set(outputs) - {"npz", "png_dir"}:
+        distributed.say(*label_grid(y, columns, checkpoint.class_names))
 
     # Sample, once for each guidance scale; under torchrun each process takes every n-th batch
     batches = list(torch.arange(len(y)).split(args.batch_size))
@@ -149,7 +144,8 @@ def main(argv: list[str] | None = None) -> int:
             grids.append(distributed.gather_parts(parts))
     distributed.shut_down()
     if distributed.rank() == 0:
-        for path in write_all(outputs, grids, scales, y, columns, args.scale, recorder):
+        for path in write_all(outputs, grids, scales, y, checkpoint.class_names, columns,
+                              args.scale, recorder):
             say(f"written: {path}")
     return 0
 

@@ -252,7 +252,7 @@ def _checked_config(state: dict) -> dict:
     except Exception as error:      # any combination of numbers may come from a damaged file
         raise _Invalid(f"config['diffusion']: {shorten(error)}") from None
     sampling, where = config["sampling"], "config['sampling']"
-    _get(sampling, "sampler", str, where, lambda v: v in process.samplers)
+    _get(sampling, "sampler", str, where, lambda v: v in components.sampler_names(process))
     _get(sampling, "steps", int, where, lambda v: 0 < v <= process.num_timesteps)
     _get(sampling, "eta", (int, float), where, lambda v: 0 <= v <= 1)
     _get(sampling, "cfg_scale", (int, float), where, lambda v: -100 <= v <= 100)

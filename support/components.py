@@ -26,14 +26,22 @@ A process is a class:
     denoise(predict, xt, t, clip) -> (x0_hat, eps_hat)      for figures
     network_arguments                                       optional: a dict of what it asks of the
                                                             network's constructor
+    alpha_sigma(t) -> the coefficients of x0 and eps        optional: for SAMPLERS and for
+                                                            --guidance-interval
+
+SAMPLERS and GUIDANCE are further ways to sample, which are not stored in a checkpoint: a sampler
+is a function (process, predict, xT, noise, options) that yields what those of a process yield, and
+guidance one of (model, y, cfg_scale, options) that returns predict(xt, t).
 
 Constructor arguments are what a checkpoint stores: the keys that it may hold follow from the
 signature, and one that it lacks takes its default.
 """
 
 import contextlib
+import functools
 import importlib
 import inspect
+from collections.abc import Callable
 
 from torch import nn
 
@@ -41,12 +49,17 @@ from support.cli import UserError, shorten
 
 NETWORKS: dict[str, str | type] = {"dit": "dit:DiT"}
 PROCESSES: dict[str, str | type] = {"ddpm": "diffusion:GaussianDiffusion"}
+SAMPLERS: dict[str, str | Callable] = {}        # beside the process's own
+GUIDANCE: dict[str, str | Callable] = {}        # beside classifier_free_guidance
 FLAGS: dict[str, tuple[type, float, float, str]] = {}   # kind, least, greatest, help
 
 with contextlib.suppress(ImportError):      # the lesson does without variants/
     from variants import FLAGS as MORE_FLAGS, NETWORKS as MORE_NETWORKS, PROCESSES as MORE_PROCESSES
+    from variants import GUIDANCE as MORE_GUIDANCE, SAMPLERS as MORE_SAMPLERS
     NETWORKS |= MORE_NETWORKS
     PROCESSES |= MORE_PROCESSES
+    SAMPLERS |= MORE_SAMPLERS
+    GUIDANCE |= MORE_GUIDANCE
     FLAGS |= MORE_FLAGS
 
 
@@ -58,12 +71,28 @@ def process_class(name: str) -> type:
     return _find(PROCESSES, "process", name)
 
 
-def _find(registry: dict, kind: str, name: str) -> type:
-    """The class that a registry has for a name. Nothing is imported by any other name."""
+def sampler_names(process) -> list[str]:
+    """The samplers of a process: its own, and those of SAMPLERS where it has what they need."""
+    return [*process.samplers, *(SAMPLERS if hasattr(process, "alpha_sigma") else ())]
+
+
+def find_sampler(process, name: str) -> Callable:
+    """The generator function (predict, xT, noise, options) of one of `sampler_names`."""
+    if name in process.samplers:
+        return process.samplers[name]
+    return functools.partial(_find(SAMPLERS, "sampler", name), process)
+
+
+def find_guidance(name: str) -> Callable:
+    return _find(GUIDANCE, "guidance", name)
+
+
+def _find(registry: dict, kind: str, name: str) -> Callable:
+    """What a registry has for a name. Nothing is imported by any other name."""
     if name not in registry:
         raise UserError(f"{kind} {shorten(name)!r} is unknown: {', '.join(registry)}")
     entry = registry[name]
-    if isinstance(entry, type):
+    if not isinstance(entry, str):
         return entry
     module, attribute = entry.split(":")
     return getattr(importlib.import_module(module), attribute)
@@ -129,7 +158,7 @@ def _variant_flags(args) -> dict:
 def sampling_for(process, sampling: dict) -> dict:
     """Defaults of sampling that a process has: its first sampler where it lacks the usual one."""
     sampler = sampling["sampler"]
-    return dict(sampling, sampler=sampler if sampler in process.samplers else
+    return dict(sampling, sampler=sampler if sampler in sampler_names(process) else
                 next(iter(process.samplers)), steps=min(sampling["steps"], process.num_timesteps))
 
 

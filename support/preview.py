@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from diffusion import classifier_free_guidance
-from support import latents
+from support import components, latents
 from support.data import to_uint8
 from support.pictures import grid, save_picture
 from support.seeds import generator
@@ -27,7 +27,7 @@ class Preview:
 
     def __call__(self, path: Path, step: int, stopped: Callable[[], int]) -> None:
         predict = classifier_free_guidance(self.ema, self.y, self.sampling["cfg_scale"])
-        sampler = self.diffusion.samplers[self.sampling["sampler"]]
+        sampler = components.find_sampler(self.diffusion, self.sampling["sampler"])
         xt = self.xT
         options = latents.unclipped(sampler) if self.latents else {}
         for _t, xt, _x0_hat in sampler(predict, self.xT, steps=self.steps, **options):  # noqa: B007

@@ -196,10 +196,13 @@ def test_the_arrays_of_a_shared_sampling_job_equal_those_of_one(checkpoint):
     flags = [str(checkpoint), "--labels", "3", "7", "--per-class", "7", "--steps", "3",
              "--batch-size", "4", "--npz"]
     sample.main([*flags, "one.npz"])
-    assert on_ranks(3, sample.main, [*flags, "three.npz"]) == [0, 0, 0], printed(0)
+    assert on_ranks(3, sample.main, [*flags, "three.npz", "--png-dir", "three"]) == [0, 0, 0], \
+        printed(0)
     one, three = np.load("one.npz"), np.load("three.npz")
     assert np.array_equal(one["arr_0"], three["arr_0"])
     assert np.array_equal(one["arr_1"], three["arr_1"]) and len(one["arr_0"]) == 14
+    pngs = [np.asarray(Image.open(path)) for path in sorted(Path("three").iterdir())]
+    assert np.array_equal(np.stack(pngs), one["arr_0"][..., 0])
 
 
 # ---------------------------------------------------------------- the real torchrun

@@ -16,6 +16,7 @@ from support import checkpoints, components
 from support.cli import UserError
 from support.folders import find_checkpoint, is_run_folder, newest_run
 from tools import export
+from variants.dpm_solver import dpm_solver_sample
 
 safetensors = pytest.importorskip("safetensors.torch", reason="needs the package safetensors")
 MODEL = dict(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=2, num_heads=2,
@@ -247,6 +248,26 @@ def test_diffusers_computes_the_same(make, here, prediction):
     *_, (_, ours, _) = diffusion.ddim_sample(predict, xT, steps=20)
     assert ours.std() > 0.1
     torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-3)
+
+
+def test_diffusers_dpm_solver_takes_the_same_steps():
+    """DPMSolverMultistepScheduler, set to dpmsolver++ of order 2."""
+    diffusers = pytest.importorskip("diffusers", reason="needs the package diffusers")
+    theirs = diffusers.DPMSolverMultistepScheduler(
+        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", prediction_type="v_prediction",
+        algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero",
+        timestep_spacing="trailing", lower_order_final=True)
+    theirs.set_timesteps(10)
+
+    def network(xt, t):
+        return torch.sin(3 * xt + t / 150)
+
+    xt = xT = torch.randn(2, 1, 8, 8, generator=torch.manual_seed(5))
+    ours = dpm_solver_sample(GaussianDiffusion(prediction="v"), network, xT, clip=False, steps=10)
+    for t, (t_ours, found, _) in zip(theirs.timesteps.tolist(), ours, strict=True):
+        xt = theirs.step(network(xt, t), t, xt).prev_sample
+        assert t == t_ours
+        torch.testing.assert_close(found, xt, rtol=1e-3, atol=1e-3)
 
 
 def test_the_code_on_the_card_runs(make, here, monkeypatch):

@@ -332,8 +332,8 @@ def test_sample_from_published_weights(vae, published, here, capsys):
 
 def test_samples_are_not_clipped(published):
     found = tool.load(published, torch.device("cpu"), heads=2)
-    for sampler, steps in [("ddim", 5), ("ddpm", 5)]:
-        how = dict(sampler=sampler, steps=steps, options=dict(steps=5, eta=0.0), cfg_scale=1.5)
+    for sampler, options in [("ddim", dict(steps=5)), ("ddpm", {}), ("dpm++", dict(steps=5))]:
+        how = dict(sampler=sampler, steps=5, options=options, cfg_scale=1.5)
         z = next(tool.sample_latents(found, torch.tensor([0, 1]), 0, how, 2))
         assert z.shape == (2, 4, 8, 8) and z.abs().max() > 1.5
 

@@ -14,8 +14,9 @@ from diffusion import classifier_free_guidance
 from support import checkpoints, paths, pictures
 from support.cli import UserError, run_command
 from support.data import to_uint8
-from support.sampling import parse_label, parser
+from support.sampling import label_grid, parse_label, parser, save_pngs
 from support.seeds import ImageNoise
+from tools import evaluate
 
 NAMES = ["cat", "3", "seven", "10"]
 
@@ -72,7 +73,8 @@ def test_the_noise_of_an_image_depends_on_seed_and_place_alone():
 
 
 @pytest.mark.parametrize("flags", [
-    ("--steps", 5), ("--steps", 5, "--eta", 1), ("--sampler", "ddpm")])
+    ("--steps", 5), ("--steps", 5, "--eta", 1), ("--sampler", "ddpm"),
+    ("--steps", 5, "--sampler", "dpm++")])
 def test_an_image_is_the_same_whatever_the_batch_size_and_the_rest_of_the_grid(short, flags):
     base = (short, "--seed", 4, *flags)
     images, labels = arrays(*base, "--labels", 3, 7, 1, "--per-class", 3)
@@ -238,6 +240,67 @@ def test_arrays_are_those_of_the_published_evaluation_suites(checkpoint):
     assert np.array_equal(top_left, images[0, :, :, 0])
 
 
+def test_random_labels_are_a_function_of_the_seed_and_are_printed_as_a_grid(checkpoint, capsys):
+    state = load(checkpoint)
+    state["class_names"][7] = "seven"
+    checkpoints.save(Path("named.pt"), state)
+    base = ("named.pt", "--steps", 1, "--cfg-scale", 1)
+    _, labels = arrays(*base, "--random-labels", 64)
+    assert len(labels) == 64 and set(labels) == set(range(10))
+    assert len(capsys.readouterr().out.splitlines()) == 2       # no picture, no grid of words
+    _, more = arrays(*base, "--random-labels", 200)
+    assert more[:64].tolist() == labels.tolist()                # image k has its label
+    _, other = arrays(*base, "--random-labels", 64, "--seed", 1)
+    assert other.tolist() != labels.tolist()
+
+    images, _ = arrays(*base, "--random-labels", 7, "--out", "a.png", "--scale", 1)
+    lines = capsys.readouterr().out.splitlines()
+    words = [state["class_names"][i] for i in labels[:7]]
+    assert [line.split() for line in lines[-5:-2]] == [words[:3], words[3:6], words[6:]]
+    starts = {line.find(word) for line, row in zip(lines[-5:-3], (words[:3], words[3:6]),
+                                                   strict=True) for word in row[:1]}
+    assert starts == {0} and Image.open("a.png").size == (3 * 30 + 2, 3 * 30 + 2)
+    again, _ = arrays(*base, "--labels", *labels[:7])           # the noise is that of --labels
+    assert np.array_equal(images, again)
+
+
+def test_the_grid_of_words_has_columns():
+    names = ["a", "three", "\x1b[2J" + "x" * 50]
+    assert label_grid(torch.tensor([0, 1, 1, 0]), 2, names) == ["a     three", "three a"]
+    assert all(len(word) == 40 for word in label_grid(torch.tensor([2, 2]), 1, names))
+
+
+def test_a_png_for_each_image(checkpoint, capsys):
+    state = load(checkpoint)
+    state["class_names"][7] = "seven/of nine"
+    checkpoints.save(Path("named.pt"), state)
+    flags = ("named.pt", "--steps", 1, "--labels", 3, 7, "--per-class", 2)
+    images, labels = arrays(*flags, "--png-dir", "new/pngs")
+    assert "written: new/pngs" in capsys.readouterr().out and not Path("output").exists()
+    found = sorted(Path("new/pngs").iterdir())
+    assert [p.name for p in found] == ["00000-3.png", "00001-3.png", "00002-seven-of-nine.png",
+                                       "00003-seven-of-nine.png"]
+    for path, image in zip(found, images, strict=True):
+        assert np.array_equal(Image.open(path), image[..., 0])  # grey, at its own size
+    measured, _ = evaluate.read_folder(Path("new/pngs"), state["class_names"])
+    assert np.array_equal(measured[:, :1].permute(0, 2, 3, 1), images)
+
+    with pytest.raises(UserError, match="new/pngs is not empty: --force writes into it"):
+        run(*flags, "--png-dir", "new/pngs")
+    before = found[0].read_bytes()
+    assert run(*flags, "--png-dir", "new/pngs", "--seed", 1, "--force") == 0
+    assert found[0].read_bytes() != before and len(list(Path("new/pngs").iterdir())) == 4
+    Path("empty").mkdir()
+    assert run(*flags, "--png-dir", "empty", "--out", "a.png") == 0 and Path("a.png").is_file()
+
+
+def test_colour_images_are_colour_pngs(here):
+    images = torch.arange(2 * 3 * 4).view(2, 3, 2, 2).to(torch.uint8)
+    save_pngs(Path("x"), images, torch.tensor([1, 0]), ["a", "b"])
+    assert np.array_equal(Image.open("x/00000-b.png"), images[0].permute(1, 2, 0))
+    assert Image.open("x/00001-a.png").mode == "RGB"
+
+
 def test_arrays_may_hold_more_images_than_a_picture(checkpoint):
     images, labels = arrays(checkpoint, "--steps", 1, "--labels", 5, "--per-class", 10_001,
                             "--cfg-scale", 1)
@@ -313,6 +376,14 @@ def test_default_names_are_numbered_and_nothing_is_overwritten(checkpoint):
     (["--per-class", "1000000000000"], ["--per-class", "at most 100,000"]),
     (["--per-class", "5000"], ["50,000 images", "one picture", "--npz"]),
     (["--per-class", "5000", "--npz", "n.npz", "--out", "n.png"], ["50,000", "10,000"]),
+    (["--random-labels", "0"], ["--random-labels", "at least 1"]),
+    (["--random-labels", "20000"], ["20,000 images", "one picture", "--png-dir"]),
+    (["--random-labels", "5", "--labels", "3"], ["--random-labels and --labels"]),
+    (["--random-labels", "5", "--per-class", "3"], ["--random-labels and --per-class"]),
+    (["--png-dir", "file"], ["file"]),
+    (["--png-dir", "file/x"], ["file/x"]),
+    (["--png-dir", "."], [". is not empty", "--force"]),
+    (["--png-dir", "new", "--cfg-scale", "1", "2"], ["--png-dir take one --cfg-scale"]),
     (["--batch-size", "1000000000"], ["--batch-size", "at most 65,536"]),
     (["--out", "s.png", "--trajectory", "./s.png"], ["--out and --trajectory", "s.png"]),
     (["--out", ""], [".png"]),
@@ -393,6 +464,7 @@ def test_the_command_exits_with_2_and_one_line(tmp_path):
 
 
 def test_every_flag_is_in_a_test():
-    text = Path(__file__).read_text()
+    text = "".join((ROOT / "tests" / name).read_text() for name in (
+        "test_sample.py", "test_sampling.py"))
     for action in parser("")._actions:
         assert action.dest in ("help", "checkpoint") or f'"{action.option_strings[-1]}"' in text

@@ -38,7 +38,7 @@ from support.cli import (
     COUNT, SEED, SIDE, Parser, UserError, atomic_write, check_target, io_errors, number, reason,
     run_command, say, warn)
 from support.folders import EXPORTED, checkpoints_in, find_checkpoint, is_run_folder
-from support.sampling import add_sampling_flags, parse_label, resolve_sampling
+from support.sampling import add_sampling_flags, describe, parse_label, settings_from
 from support.seeds import generator
 from tools import ruler as rulers
 
@@ -46,7 +46,8 @@ MIN_IMAGES = 10                 # the neighbour metrics look at the 5 nearest
 MAX_NEIGHBOURS = 10_000         # images on each side of precision and recall
 MAX_NEAREST = 2_000             # images whose nearest training image is searched
 MAX_BYTES = 4 * 2**30           # in an .npz
-SAMPLING = ("cfg_scale", "sampler", "steps", "eta", "weights", "seeds", "batch_size")
+SAMPLING = ("cfg_scale", "guidance_interval", "autoguidance", "sampler", "steps", "eta", "weights",
+            "seeds", "batch_size")
 ROWS = {"samples": "samples", "test": "real: test set", "train": "real: part of training set"}
 
 # ---------------------------------------------------------------- images and their features
@@ -373,13 +374,14 @@ def from_files(args: Namespace, path: Path, train: data.ImageSet) -> Source:
 def from_checkpoint(args: Namespace, path: Path, state: dict, device: torch.device) -> Source:
     """--images samples for each of --seeds seeds, labels 0, 1, 2 ... in turn."""
     checkpoint = as_checkpoint(path, state, args.weights, device)
-    how = resolve_sampling(checkpoint, args.cfg_scale, args.steps, args.sampler, args.eta,
-                           args.precision)
+    [how] = settings_from(args, checkpoint)
     count = args.images or (10_000 if args.train_on_samples else 1000)
     seeds = list(range(args.seed, args.seed + (args.seeds or 1)))
     y = torch.arange(count) % len(checkpoint.class_names)
     about = dict(step=state["step"], weights=args.weights, sampler=how["sampler"],
-                 steps=how["steps"], eta=how["eta"], cfg_scale=how["cfg_scale"], seeds=seeds)
+                 steps=how["steps"], eta=how["eta"], cfg_scale=how["cfg_scale"],
+                 guidance_interval=args.guidance_interval, autoguidance=args.autoguidance,
+                 seeds=seeds)
 
     def make() -> tuple[list[Tensor], np.ndarray]:
         start = time.perf_counter()
@@ -390,9 +392,8 @@ def from_checkpoint(args: Namespace, path: Path, state: dict, device: torch.devi
         about["seconds_sampling"] = round(time.perf_counter() - start, 1)
         return images, y.numpy()
 
-    title = (f"{paths.short(path)}: step {state['step']:,}, {args.weights}, {how['sampler']}, "
-             f"{how['steps']} steps, guidance {how['cfg_scale']:g}, "
-             f"seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}")
+    title = (f"{paths.short(path)}: step {state['step']:,}, {args.weights}, "
+             f"{describe(args, [how])}, seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}")
     return title, about, make
 
 

@@ -344,6 +344,10 @@ def point_of(result: dict) -> dict:
     rows, sampler = result["rows"], str(result["sampler"])
     if sampler == "ddim" and result["eta"]:
         sampler += f", eta {result['eta']:g}"
+    if interval := result.get("guidance_interval"):
+        sampler += ", guided in ({:g}, {:g}]".format(*interval)
+    if result.get("autoguidance"):
+        sampler += f", autoguidance by {result['autoguidance']}"
     return dict(source=str(result["images_from"]), weights=str(result["weights"]), sampler=sampler,
                 steps=int(result["steps"]), guidance=float(result["cfg_scale"]),
                 images=int(rows["samples"]["images"]), data=str(result["data_digest"]),

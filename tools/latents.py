@@ -30,7 +30,7 @@ from tqdm import tqdm
 from diffusion import GaussianDiffusion, classifier_free_guidance
 from dit import MODELS
 from sample import Checkpoint
-from support import checkpoints, data, distributed, latents, paths, pictures
+from support import checkpoints, components, data, distributed, latents, paths, pictures
 from support.cli import (
     BATCH, COUNT, SCALE, SEED, Parser, UserError, atomic_write, check_target, io_errors, next_free,
     number, reason, run_command, say, shorten)
@@ -272,7 +272,7 @@ def sample_latents(checkpoint: Checkpoint, y: Tensor, seed: int, how: dict, batc
         if how["sampler"] == "ddpm" and isinstance(diffusion, GaussianDiffusion):
             steps = ddpm_sample(diffusion, predict, noise("T"), noise, how["steps"])
         else:
-            sampler = diffusion.samplers[how["sampler"]]
+            sampler = components.find_sampler(diffusion, how["sampler"])
             steps = sampler(predict, noise("T"), noise=noise, **how["options"],
                             **latents.unclipped(sampler))
         for _t, xt, _x0_hat in steps:                                       # noqa: B007
@@ -367,8 +367,8 @@ def parser() -> Parser:
                    help="images per label (default: 1)")
     s.add_argument("--cfg-scale", type=SCALE, metavar="S", help="guidance scale (default: what the "
                    "checkpoint suggests; published weights: 4)")
-    s.add_argument("--sampler", metavar="NAME", help="ddim or ddpm (default: the checkpoint's; "
-                   "published weights: ddpm)")
+    s.add_argument("--sampler", metavar="NAME", help="ddim, ddpm or dpm++ (default: the "
+                   "checkpoint's; published weights: ddpm)")
     s.add_argument("--steps", type=COUNT, help="sampling steps (default: the checkpoint's; ddpm: "
                    "250)")
     s.add_argument("--eta", type=number(float, 0, 1), help="noise that ddim adds")

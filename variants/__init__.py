@@ -1,4 +1,4 @@
-"""Networks and processes beside the lesson's, each in one file: docs/variants.md.
+"""Networks, processes and ways to sample beside the lesson's: docs/variants.md, docs/sampling.md.
 
 support/components.py adds these names to its own. Nothing is imported before its name is given, by
 a flag or by a checkpoint, and the lesson's four files never import a variant.
@@ -14,6 +14,13 @@ NETWORKS = {            # --network NAME: "module:class"
 PROCESSES = {           # --process NAME
     "learned-variance": "variants.learned_variance:LearnedVariance",
     "rectified-flow": "variants.rectified_flow:RectifiedFlow",
+}
+SAMPLERS = {            # --sampler NAME, of any process with alpha_sigma: "module:function"
+    "dpm++": "variants.dpm_solver:dpm_solver_sample",
+}
+GUIDANCE = {            # --guidance-interval LO HI, --autoguidance CKPT
+    "interval": "variants.guidance:guidance_interval",
+    "autoguidance": "variants.guidance:autoguidance",
 }
 FLAGS = {               # a constructor's argument: its flag's type, least and greatest value, help
     "registers": (int, 0, 1024, "of --network registers: tokens beside the image's (default: 4)"),
