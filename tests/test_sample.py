@@ -323,7 +323,7 @@ def test_a_gif_moves_from_noise_to_the_sample(lively, short):
 def test_a_strip_shows_xt_over_x0_hat_of_the_first_image(lively):
     """Where the sampler itself, called here, went."""
     run(lively, "--labels", 3, 1, "--steps", 20, "--batch-size", 1, "--trajectory", "t.png",
-        "--cfg-scale", 2)
+        "--cfg-scale", 2, "--precision", "fp32")
     model, process = checkpoints.build(checkpoints.load(lively))
     xt, frames = ImageNoise(0, 0, 1, (1, 28, 28))("T"), []
     predict = classifier_free_guidance(model, torch.tensor([3]), 2.0)
