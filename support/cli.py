@@ -184,16 +184,18 @@ def next_free(parent: Path, stem: str, suffix: str) -> Path:
     return parent / f"{stem}-{number:03d}{suffix}"
 
 
-def atomic_write(path: Path, write: Callable) -> None:
+def atomic_write(path: Path, write: Callable, sync: bool = True) -> None:
     """write(file) into a temporary file beside `path`, synced to disk, then renamed to `path`: a
-    reader sees the old file or the new one, complete. Raises OSError and leaves the old file."""
+    reader sees the old file or the new one, complete. Raises OSError and leaves the old file.
+    sync=False: a power cut may undo it, but thousands of files take seconds, not minutes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")     # never a longer name
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -201,7 +203,7 @@ def atomic_write(path: Path, write: Callable) -> None:
         if isinstance(error, RuntimeError):     # torch.save's exception for a full disk
             raise OSError(str(error).splitlines()[0]) from None
         raise
-    if os.name != "nt":                         # the directory entry, too
+    if sync and os.name != "nt":                # the directory entry, too
         entry = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(entry)

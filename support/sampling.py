@@ -309,7 +309,8 @@ def save_pngs(folder: Path, images: Tensor, y: Tensor, class_names: list[str]) -
     for i, (pixels, label) in enumerate(tqdm(pairs, desc="writing", total=len(y), unit="img",
                                              leave=False, delay=1, dynamic_ncols=True)):
         picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
-        pictures.save_picture(folder / f"{i:05d}-{slug(class_names[label])}.png", picture)
+        atomic_write(folder / f"{i:05d}-{slug(class_names[label])}.png",
+                     lambda file, picture=picture: picture.save(file, format="PNG"), sync=False)
 
 
 def write_all(outputs: dict[str, Path], grids: list[Tensor], scales: list[float], y: Tensor,

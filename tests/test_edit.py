@@ -92,6 +92,15 @@ def test_the_known_part_stays_and_the_rest_is_filled(lively, glyph, flags):
     assert np.abs(last.astype(int) - filled[0]).mean() < 4
 
 
+def test_ddim_adds_noise_unless_told_otherwise(lively, glyph):
+    found = []
+    for flags in [(), ("--eta", 1), ("--eta", 0)]:
+        run("inpaint", lively, *GLYPH, "--rectangle", 0, 0, 28, 20, "--steps", 4, "--images", 1,
+            "--out", "a.png", "--force", *flags)
+        found.append(Path("a.png").read_bytes())
+    assert found[0] == found[1] != found[2]
+
+
 def test_with_everything_masked_it_is_sampling(lively, glyph):
     flags = ("--steps", 4, "--seed", 3, "--eta", 1)
     _, label = glyph

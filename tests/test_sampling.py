@@ -11,11 +11,12 @@ import torch
 
 import sample
 import train_mnist
-from conftest import load
+from conftest import ROOT, load
 from diffusion import GaussianDiffusion, classifier_free_guidance
 from support import checkpoints, components
 from support.cli import UserError
 from tools import evaluate, figures
+from variants import GUIDANCE, SAMPLERS
 from variants.dpm_solver import dpm_solver_sample, timesteps_for
 from variants.guidance import autoguidance, guidance_interval
 from variants.rectified_flow import RectifiedFlow
@@ -156,6 +157,15 @@ def test_timesteps_are_evenly_spaced_and_lead_to_the_clean_image():
     for steps in (0, 1001):
         with pytest.raises(ValueError, match="from 1 to 1000 are possible"):
             next(dpm_solver_sample(process, network, torch.zeros(1, 1, 2, 2), steps=steps))
+
+
+def test_the_registry_is_described():
+    assert components.SAMPLERS == SAMPLERS and components.GUIDANCE == GUIDANCE
+    text = (ROOT / "docs" / "sampling.md").read_text()
+    for name in SAMPLERS:
+        assert f"--sampler {name}" in text and callable(components._find(SAMPLERS, "", name))
+    for name in GUIDANCE:
+        assert components.find_guidance(name).__name__.replace("_", "-") in text
 
 
 def test_every_process_that_can_has_the_sampler(lively, monkeypatch):
