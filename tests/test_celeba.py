@@ -20,7 +20,7 @@ import sample
 from conftest import load as load_checkpoint
 from support import celeba, data
 from support.cli import UserError
-from tools import evaluate, ruler as rulers
+from tools import evaluate, lr_finder, ruler as rulers
 
 COUNTS = {"train": 24, "valid": 2, "test": 12}
 LISTS = ("list_attr_celeba.txt", "identity_CelebA.txt", "list_bbox_celeba.txt",
@@ -304,6 +304,15 @@ def test_another_attribute_is_recorded_and_resumed(train, faces):
     assert state["config"]["recipe"]["celeba_attribute"] == "Wearing_Hat"
     label = "not Wearing_Hat"
     assert sample.main(["run", "--labels", label, "--steps", "1", "--npz", "x.npz"]) == 0
+
+
+def test_the_learning_rate_finder_takes_the_attribute(here, faces, monkeypatch):
+    asked = []
+    monkeypatch.setattr(lr_finder, "new_figure", lambda **_: None)      # needs matplotlib
+    monkeypatch.setattr(lr_finder.data, "load", lambda *a, **given: asked.append(given) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lr_finder.main([str(f) for f in flags(faces, "--celeba-attribute", "Young")])
+    assert asked == [{"celeba_attribute": "Young"}]
 
 
 @pytest.mark.parametrize("given, words", [

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import sample
 from conftest import ALONE, ROOT
 
 needs = "needs nbclient, nbformat and ipykernel (requirements-dev.txt)"
@@ -107,7 +108,8 @@ def test_with_ipywidgets_there_is_a_slider(notebook, monkeypatch):
     shown = []
     monkeypatch.setitem(sys.modules, "ipywidgets",
                         SimpleNamespace(FloatSlider=slider, interact=interact))
-    exec(source(notebook, "guidance"), dict(
-        trained="a checkpoint", display=shown.append,
-        generate=lambda checkpoint, labels, cfg_scale: (checkpoint, *labels, cfg_scale)))
-    assert shown == [("a checkpoint", *range(10), 1.75)]
+    monkeypatch.setattr(sample, "load", lambda: "the newest")
+    monkeypatch.setattr(sample, "generate",
+                        lambda checkpoint, labels, cfg_scale: (checkpoint, *labels, cfg_scale))
+    exec(source(notebook, "guidance"), dict(display=shown.append))
+    assert shown == [("the newest", *range(10), 1.75)]

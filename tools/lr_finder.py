@@ -153,7 +153,8 @@ def main(argv: list[str] | None = None) -> int:
     if which == "muon-lr" and args.optimizer != "muon":
         raise UserError(f"--which muon-lr: --optimizer {args.optimizer} has no such rate")
     distributed.share_of(args.batch_size, args.grad_accum)
-    images = data.load(args.dataset, args.data_dir, args.image_size)
+    images = data.load(args.dataset, args.data_dir, args.image_size,
+                       celeba_attribute=args.celeba_attribute)
     if "model" not in given:
         args.model = settings.largest_fitting_patch(args.model, images.images.shape[-1])
 
