@@ -227,12 +227,15 @@ def test_a_round_is_timed_alone_and_beside_busy_processes(report, monkeypatch, c
         yield
         events.append("end")
 
+    asked = []
+    monkeypatch.setattr(distributed, "should_compile", lambda *args: asked.append(args) or False)
     monkeypatch.setattr(timing, "busy_processes", fake)
     algorithm = train_mnist.train
     monkeypatch.setattr(train_mnist, "train", lambda *a: (events.append("train"), algorithm(*a)))
     rows = report("--busy", 1, 3, "--rounds", 2)["training"]
     one_round = [0, "train", "end", 1, "train", "end", 3, "train", "end"]
     assert events == ["train", *one_round, *one_round]
+    assert asked == [(None, torch.device("cpu"), distributed.COMPILE_PAYS)]     # as a long run
     assert [(row["name"], row["busy"]) for row in rows] == [("as trained", n) for n in (0, 1, 3)]
     out = capsys.readouterr().out
     assert "\nas trained  " in out and "\nas trained, 3 busy  " in out
