@@ -9,8 +9,6 @@
                                                         and steps
     python -m tools.figures accuracy NAME=FILE.jsonl... distance and recall against accuracy
     python -m tools.figures densities                   the noise levels that training draws
-
-
     python -m tools.figures loss RUN...                 loss against the step, in all and in each
                                                         quarter of t
     python -m tools.figures training RUN                the run's previews as a GIF
