@@ -378,15 +378,17 @@ def test_as_many_real_images_class_balanced_cached_by_seed(checkpoint, world, tm
     assert json.loads(line)["train_on_samples"] == found
     cached = list((world / "output" / "cache").glob("ruler-50-of-folder-glyphs-*.pt"))
     assert len(cached) == 2 and sum("-seed1" in file.name for file in cached) == 1
-    monkeypatch.setattr(rulers, "train", train)
-    for file in cached:                         # of 3 steps, where 60 are asked for: not used
-        assert rulers.load(file, torch.device("cpu"))[1]["steps"] == 3
+    names = []
+
+    def quick(images, test, seed, device, steps):
+        names.append(images.name)
+        ruler, about = train(images, test, seed, device, 3)
+        return ruler, about | dict(steps=steps)
+
+    monkeypatch.setattr(rulers, "train", quick)     # cached: of 3 steps, where 60 are asked for
     again = run(tmp_path, *argv)["train_on_samples"]
-    assert all(rulers.load(file, torch.device("cpu"))[1]["steps"] == 60 for file in cached)
-    monkeypatch.setattr(rulers, "train", lambda images, *a: trained.append(images.name) or train(
-        images, *a))
-    del trained[:]
-    assert run(tmp_path, *argv)["train_on_samples"] == again and trained == ["50 samples"] * 2
+    assert names == ["50 samples", "50 of folder:glyphs"] * 2
+    assert run(tmp_path, *argv)["train_on_samples"] == again and names[4:] == ["50 samples"] * 2
 
 
 def test_10_000_samples_unless_told_otherwise(checkpoint, world, monkeypatch):
