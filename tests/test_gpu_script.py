@@ -21,7 +21,7 @@ from support.settings import Settings
 NAMES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte",
          "t10k-labels-idx1-ubyte"]
 PARTS = ["tests", "profile", "training", "export", "samples", "guidance-1", "guidance-1.25",
-         "guidance-1.5", "guidance-1.75", "guidance-2", "benchmark"]
+         "guidance-1.5", "guidance-1.75", "guidance-2", "classifier", "speed-run", "benchmark"]
 # Logs its arguments and writes the files that they name. Where there is a file $HERE/PROGRAM, it
 # sleeps for the seconds in it and fails.
 STAND_IN = r"""#!/usr/bin/env bash
@@ -101,18 +101,20 @@ def test_the_commands_have_flags_that_their_parsers_know(slot, monkeypatch):
     slot.run = slot.here / "short"
     full, _ = slot.calls, slot(STEPS=20, AGAINST="models.py:DiT")
     import train_mnist
+    defaults = Settings(train_mnist.RECIPE, train_mnist.PRESETS)
     for words in full + slot.calls:
         if words[0] == "train_mnist.py":
-            given = vars(Settings(train_mnist.RECIPE, train_mnist.PRESETS).parser()
-                         .parse_args(words[1:]))
+            given = vars(defaults.parser().parse_args(words[1:]))
             assert given["dataset"] == "mnist" and given["device"] == "cpu"
         elif words[0] == "sample.py":
             sample.parser("").parse_args(words[1:])
         elif words[1] != "pytest":
-            importlib.import_module(words[1]).parser().parse_args(words[2:])
+            args = importlib.import_module(words[1]).parser().parse_args(words[2:])
+            if words[1] == "tools.speed_run":
+                defaults.parser().parse_args(args.flags)
     assert "--steps" not in full[2] and slot.calls[2][-2:] == ["--steps", "20"]
     evaluated = [call[call.index("--images") + 1] for call in full if "tools.evaluate" in call]
-    assert evaluated == ["10000"] * 5
+    assert evaluated == ["10000"] * 6
     assert [call for call in full if "models.py:DiT" in call] == full[-1:]
     assert "-x" not in full[0] and "tests/test_gpu.py" in full[0]
 
@@ -125,7 +127,7 @@ def test_training_that_runs_out_of_time_is_resumed_by_the_next_call(slot):
     assert "--resume" not in slot.called("train_mnist.py")[0]
     (slot.here / "train_mnist.py").unlink()
     text = slot()
-    assert slot.status == 0 and parts(text) == PARTS[2:-1]  # of the last checkpoint
+    assert slot.status == 0 and parts(text) == PARTS[2:-2]  # of the last checkpoint
     words = slot.called("train_mnist.py")[0]
     assert words[-1] == "--resume" and "--dataset" not in words
     assert words[words.index("--out") + 1] == str(slot.run)
@@ -138,11 +140,11 @@ def test_a_part_that_fails_or_takes_too_long_leaves_the_others(slot):
     (slot.here / "tools.evaluate").write_text("20")
     text = slot(EVALUATE_LIMIT=1, SCALES="1 3")
     assert "tests: status 1" in text and re.search(r"guidance-3: status 124 after \d+ s", text)
-    assert slot.status == 1 and "unfinished: tests guidance-1 guidance-3" in text
+    assert slot.status == 1 and "unfinished: tests guidance-1 guidance-3 classifier" in text
     assert "benchmark: status 0" in text
     (slot.here / "pytest").unlink()
     (slot.here / "tools.evaluate").unlink()
-    assert parts(slot(SCALES="1 3")) == ["tests", "guidance-1", "guidance-3"]
+    assert parts(slot(SCALES="1 3")) == ["tests", "guidance-1", "guidance-3", "classifier"]
 
 
 def test_no_part_begins_after_the_slot(slot):

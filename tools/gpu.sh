@@ -54,7 +54,11 @@ unpack() {  # let $data be a folder with MNIST as torchvision has it
 
 measure() {
     local flags=(--device "$device") start=() evaluated=(--images 10000) timed=(--compile) trained
-    [ -n "$steps" ] && evaluated=(--images 20 --steps 2) timed=(--rounds 1 --steps-per-round 1)
+    local lengths=(--steps 400 800 1600)
+    if [ -n "$steps" ]; then
+        evaluated=(--images 20 --steps 2) timed=(--rounds 1 --steps-per-round 1)
+        lengths=(--steps "$steps" --seeds 1)
+    fi
     if [ "$dataset" = mnist ]; then unpack || return 1; fi
     date
     [ "$device" = cpu ] || nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv
@@ -82,8 +86,13 @@ measure() {
             "${flags[@]}" --data-dir "$data" --cfg-scale "$scale" "${evaluated[@]}"
         keep "$run/evaluations.jsonl"
     done
+    part classifier "${CLASSIFIER_LIMIT:-120}" "$python" -m tools.evaluate "$run" "${flags[@]}" \
+        --data-dir "$data" --train-on-samples "${evaluated[@]}"
+    keep "$run/evaluations.jsonl"
 
     mark=yes
+    part speed-run "${SPEED_LIMIT:-300}" "$python" -m tools.speed_run "${lengths[@]}" -- \
+        "${flags[@]}" --dataset "$dataset" --data-dir "$data" --no-compile
     [ "$dataset" = mnist ] && timed+=(--data-dir "$data")
     part benchmark "${BENCHMARK_LIMIT:-150}" "$python" -m tools.benchmark "${flags[@]}" \
         "${timed[@]}" --sample ${steps:+2} --json "$out/benchmark.json" --force
