@@ -19,13 +19,16 @@ def main(*words) -> int:
 
 
 def test_the_shortest_length_whose_mean_reaches_the_target():
-    def of(*accuracies: float) -> list[dict]:
-        return [dict(accuracy=a) for a in accuracies]
+    def of(*accuracies: float, recall=0.7) -> list[dict]:
+        return [dict(accuracy=a, recall=recall) for a in accuracies]
 
     lengths = {400: of(0.999, 0.96), 600: of(0.98, 1.0), 800: of(0.988, 0.989), 900: of(1.0, 1.0)}
     assert [speed_run.reached(lengths, target) for target in (97, 99, 99.5)] == [400, 600, 900]
     assert speed_run.reached({400: of(0.5)}, 99) is None
     assert speed_run.reached({400: of(*[0.99] * 3)}, 99) == 400         # up to rounding
+    assert speed_run.reached({400: of(1.0, recall=0.69), 500: of(1.0)}, 99) == 500
+    uneven = of(1.0, recall=0.6) + of(1.0, recall=0.8)
+    assert speed_run.reached({400: uneven}, 99) == 400                  # the mean counts
 
 
 @pytest.fixture
