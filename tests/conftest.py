@@ -110,6 +110,17 @@ def checkpoint(trained) -> Path:
     return trained("--steps", 3)
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The matplotlib figures that tools.figures makes."""
+    pytest.importorskip("matplotlib")
+    from tools import figures                   # few tests need it
+
+    kept, new = [], figures.new_figure
+    monkeypatch.setattr(figures, "new_figure", lambda **o: kept.append(new(**o)) or kept[-1])
+    return kept
+
+
 def command(*words, cwd, **options) -> subprocess.Popen:
     """A script of the project as a user runs it: its own process, one thread. It uses the
     repository's output/: name every file that it writes.

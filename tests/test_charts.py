@@ -1,4 +1,4 @@
-"""tools/curves.py and tools/charts.py: what is drawn lies where the numbers are."""
+"""tools/charts.py: what is drawn lies where the numbers are."""
 
 import json
 from pathlib import Path
@@ -13,74 +13,11 @@ import train_mnist
 from diffusion import GaussianDiffusion
 from support.cli import UserError
 from support.distributed import StepRandom
-from tools import charts, curves, figures
+from tools import charts, figures
 
 
 def run(*words) -> int:
     return figures.main([str(w) for w in words])
-
-
-# ---------------------------------------------------------------- curves
-
-
-def test_axes_have_round_ends_and_ticks():
-    axis = curves.linear("recall", 0.738, 0.902)
-    assert (axis.low, axis.high) == pytest.approx((0.7, 0.95))
-    assert list(axis.ticks.values()) == ["0.7", "0.75", "0.8", "0.85", "0.9", "0.95"]
-    assert axis.at(0.7) == pytest.approx(0) and axis.at(0.825) == pytest.approx(0.5)
-    axis = curves.logarithmic("distance", 0.53, 13.3)
-    assert (axis.low, axis.high) == pytest.approx((0.5, 20))
-    assert list(axis.ticks.values()) == ["0.5", "1", "2", "5", "10", "20"]
-    assert axis.at(10**0.5) == pytest.approx(0.5)
-    axis = curves.logarithmic("distance", 2, 2)                 # a single value has an axis, too
-    assert axis.low == 2 and axis.high == 5
-
-
-def pixels(page: Image.Image, colour: tuple) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the pixels of about a colour."""
-    difference = np.abs(np.asarray(page).astype(int) - colour).sum(axis=-1)
-    return np.nonzero(difference < 60)
-
-
-def test_curves_lie_where_their_points_are():
-    axis = curves.Axis("x", 0, 10, {0: "0", 10: "10"})
-    colour = curves.COLOURS[0]
-    empty = curves.draw([curves.Panel("a", axis, axis)] * 2, [("name", colour)])
-    assert empty.width == 920
-    box = (curves.LEFT, curves.TOP, 460 - curves.RIGHT, 360 - curves.BOTTOM)
-    panel = curves.Panel("a", axis, axis, [curves.Curve([(2, 5), (8, 5)], colour)])
-    page = curves.draw([panel], [("name", colour)])
-    rows, columns = pixels(page.crop(box), colour)
-    width, height = box[2] - box[0], box[3] - box[1]
-    assert abs(columns.min() - 0.2 * width) <= 2 and abs(columns.max() - 0.8 * width) <= 2
-    assert np.abs(rows - 0.5 * height).max() <= 2
-    rows, _ = pixels(page.crop((0, 362, 460, page.height)), colour)
-    assert len(rows)                                            # the legend
-    beyond = curves.Panel("a", axis, axis, [curves.Curve([(2, 5), (8, 500)], colour)])
-    rows, columns = pixels(curves.draw([beyond], []), colour)
-    assert rows.min() >= curves.TOP - 4                         # cut at the frame
-    panel = curves.Panel("a", axis, axis, lines=[("y", 9, ""), ("x", 1, "")])
-    dark = 255 - np.asarray(curves.draw([panel], []).crop(box).convert("L")).astype(float)
-    dark = dark[5:-5, 5:-5]                                     # without the frame
-    assert abs(dark.sum(axis=1).argmax() + 5 - 0.1 * height) <= 1
-    assert abs(dark.sum(axis=0).argmax() + 5 - 0.1 * width) <= 1
-
-
-def test_labels_of_marks_do_not_overlap():
-    axis = curves.Axis("x", 0, 10, {})
-
-    def drawn(count: int) -> int:
-        points = [(5 + 0.01 * i, 5) for i in range(count)]
-        curve = curves.Curve(points, (255, 0, 0), 1, ["1.75"] * count)
-        rows, _ = pixels(curves.draw([curves.Panel("", axis, axis, [curve])], []), (255, 0, 0))
-        return len(rows)
-
-    assert drawn(1) < drawn(4) == pytest.approx(drawn(9), abs=30)       # four places around a point
-
-
-def test_a_long_legend_has_several_rows():
-    rows = curves._legend_rows([("a name of some length", (0, 0, 0))] * 5, 400)
-    assert [len(row) for row in rows] == [2, 2, 1]
 
 
 # ---------------------------------------------------------------- quality against accuracy
@@ -96,12 +33,13 @@ def line(guidance: float, accuracy: float, frechet: float, recall=0.8, images=10
                            cfg_scale=guidance, seeds=[0], data_digest=digest, rows=rows)) + "\n"
 
 
-@pytest.fixture
-def panels(monkeypatch):
-    """What `curves.draw` got."""
-    calls, draw = [], charts.draw
-    monkeypatch.setattr(charts, "draw", lambda *a: calls.append(a) or draw(*a))
-    return calls
+def curve(line) -> list:
+    """The points of a line of matplotlib, to compare with others."""
+    return [pytest.approx(point) for point in np.transpose(line.get_data()).tolist()]
+
+
+def legend(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 @pytest.fixture
@@ -119,24 +57,33 @@ def runs(here):
     return [f"{name}/evaluations.jsonl" for name in texts]
 
 
-def test_quality_against_accuracy(runs, panels, capsys):
+def test_quality_against_accuracy(runs, drawn, capsys):
     assert run("accuracy", *runs, "--out", "a.png") == 0
-    assert Image.open("a.png").width == 920
-    (frechet, recall), legend = panels[0]
-    assert [name for name, _ in legend] == ["x0 (2 runs)", "v"]
-    thin, other, mean, v = (c.points for c in frechet.curves)
-    near = pytest.approx
-    assert thin == [near(p) for p in [(0.1, 9), (0.01, 2), (0.005, 3), (0.0005, 5)]]
-    assert other == [near(p) for p in [(0.08, 8), (0.003, 4), (0.0005, 3.5)]]
-    assert mean == [near(p) for p in [(0.09, 8.5), (0.004, 3.5), (0.0005, 4.25)]]
-    assert v == [near(p) for p in [(0.2, 20), (0.02, 10)]]
-    widths = [c.width for c in frechet.curves]
-    assert widths[0] == widths[1] < widths[2] == widths[3]
-    assert len({c.colour for c in frechet.curves[:3]}) == 1 and v != mean
-    assert [c.marks for c in frechet.curves] == [None, None, ["1", "2", "2.5"], ["1", "1.5"]]
-    assert recall.curves[0].points[1] == near((0.01, 0.82))
-    assert ("y", 0.53, "real: test set") in frechet.lines and ("y", 0.871, "real: test set") in \
-        recall.lines
+    assert Image.open("a.png").width == 1400
+    frechet, recall = drawn[0].axes
+    assert legend(drawn[0]) == ["x0 (2 runs)", "v", "real: test set"]
+    assert frechet.get_yscale() == "log" and recall.get_yscale() == "linear"
+    assert (frechet.get_ylabel(), recall.get_ylabel()) == ("Frechet distance", "recall")
+    mean, thin, other, v, test, enough = frechet.lines
+    assert curve(thin) == [(0.1, 9), (0.01, 2), (0.005, 3), (0.0005, 5)]
+    assert curve(other) == [(0.08, 8), (0.003, 4), (0.0005, 3.5)]
+    assert curve(mean) == [(0.09, 8.5), (0.004, 3.5), (0.0005, 4.25)]
+    assert curve(v) == [(0.2, 20), (0.02, 10)]
+    assert thin.get_lw() == other.get_lw() < mean.get_lw() == v.get_lw()
+    assert thin.get_color() == other.get_color() == mean.get_color() != v.get_color()
+    assert mean.get_marker() != v.get_marker() and thin.get_marker() == ""
+    labels = [(text.get_text(), text.get_color(), text.xy) for text in frechet.texts]
+    assert labels == [(g, line.get_color(), point) for line, guidances in
+                      ((mean, ("1", "2", "2.5")), (v, ("1", "1.5")))
+                      for g, point in zip(guidances, curve(line), strict=True)]
+    below = {text.get_color() for text in frechet.texts if text.xyann[1] < 0}
+    assert below == {mean.get_color()}              # the lowest curve's, away from the others
+    assert {text.get_color() for text in recall.texts if text.xyann[1] < 0} == {v.get_color()}
+    assert curve(recall.lines[1])[1] == (0.01, 0.82)
+    for axes, value in ((frechet, 0.53), (recall, 0.871)):
+        test, enough = axes.lines[-2:]
+        assert set(test.get_ydata()) == {value} and test.get_label() == "real: test set"
+        assert enough.get_xdata() == pytest.approx([0.005, 0.005])
     out = capsys.readouterr().out
     assert ("x0 (x0-0/evaluations.jsonl): Frechet distance 3.00 at guidance 2, 99.50% right, "
             "recall 0.800") in out
@@ -146,26 +93,53 @@ def test_quality_against_accuracy(runs, panels, capsys):
     assert "real, test set: Frechet distance 0.53, recall 0.871; 1,000 images each" in out
 
 
-def test_the_accuracy_axis_is_logarithmic_in_the_error(runs, panels):
+def test_the_accuracy_axis_is_logarithmic_in_the_error(runs, drawn):
     run("accuracy", *runs, "--out", "a.png")
-    axis = panels[0][0][0].x
-    assert list(axis.ticks.values()) == ["80%", "90%", "95%", "98%", "99%", "99.5%", "99.8%",
-                                         "99.9%", "100%"]
-    assert axis.at(0.01) - axis.at(0.1) == pytest.approx(axis.at(0.001) - axis.at(0.01))
-    assert 0 < axis.at(0.2) < axis.at(0.1) and axis.at(charts.error(1.0, 1000)) == 1
+    for axes in drawn[0].axes:
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == [
+            "80%", "90%", "95%", "98%", "99%", "99.5%", "99.8%", "99.9%", "100%"]
+        assert axes.get_xticks() == pytest.approx([0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001,
+                                                   charts.error(1.0, 1000)])
+        low, high = axes.get_xlim()
+        assert axes.get_xscale() == "log" and low > 0.2 and high < 0.0005      # right is better
 
 
-def test_names_and_images_can_be_given(runs, panels):
+@pytest.mark.parametrize("low, high", [(0.53, 0.6), (0.22, 0.9), (1.1, 5.8), (0.53, 30),
+                                       (0.53, 2000)])
+def test_distances_have_two_plain_ticks_at_least(drawn, low, high):
+    axes = figures.new_figure().subplots()
+    axes.plot([0, 1], [low, high])
+    charts.metric_axis(axes, "frechet", [dict(samples=dict(frechet=high), test=dict(frechet=low))])
+    labels = axes.get_yticklabels() + axes.get_yticklabels(minor=True)
+    bottom, top = axes.get_ylim()
+    ticks = [label for label in labels if bottom <= label.get_position()[1] <= top]
+    assert axes.get_yscale() == "log" and len(ticks) >= 2
+    if (low, high) == (0.53, 30):
+        assert sorted(float(tick.get_text()) for tick in ticks) == [0.5, 1, 2, 5, 10, 20]
+    assert all(float(tick.get_text()) == pytest.approx(tick.get_position()[1]) for tick in ticks)
+
+
+def test_runs_without_a_common_guidance_have_no_mean(here, drawn):
+    for name, guidance in (("a", 1), ("b", 2)):
+        Path(name).write_text(line(guidance, 0.9, 9) + line(guidance + 4, 0.95, 8))
+    assert run("accuracy", "x=a", "x=b", "--out", "a.png") == 0
+    mean, one, two = drawn[0].axes[0].lines[:3]
+    assert curve(mean) == [] and len(curve(one)) == len(curve(two)) == 2
+
+
+def test_names_and_images_can_be_given(runs, drawn):
     assert run("accuracy", f"a={runs[0]}", f"b={runs[1]}", "--out", "a.png") == 0
-    assert [name for name, _ in panels[0][1]] == ["a", "b"]
+    assert legend(drawn[0]) == ["a", "b", "real: test set"]
     assert run("accuracy", runs[0], "--images", 50, "--out", "b.png") == 0
-    assert panels[1][0][0].curves[0].points == [pytest.approx((0.1, 7))]
+    assert curve(drawn[1].axes[0].lines[0]) == [(0.1, 7)]
     Path("x0-0/config.json").unlink()
     assert run("accuracy", runs[0], "--out", "c.png") == 0
-    assert panels[2][1][0][0] == "x0-0"
+    assert legend(drawn[2])[0] == "x0-0"
 
 
 def test_mistakes_are_one_line(runs):
+    pytest.importorskip("matplotlib")
+
     def refused(*words) -> str:
         with pytest.raises(UserError) as caught:
             run(*words, "--out", "x.png")
@@ -198,32 +172,37 @@ def area(x: np.ndarray, y: np.ndarray) -> float:
     return float((np.diff(x) * (y[1:] + y[:-1]) / 2).sum())
 
 
-def test_densities_are_densities(here, panels):
-    assert run("densities", "--out", "d.png") == 0 and Image.open("d.png").width == 920
-    (level, time), legend = panels[0]
+def test_densities_are_densities(here, drawn):
+    assert run("densities", "--out", "d.png") == 0 and Image.open("d.png").width == 1400
+    level, time = drawn[0].axes
+    names = legend(drawn[0])
     ours = f"mean {train_mnist.RECIPE['noise_mean']:g}, std {train_mnist.RECIPE['noise_std']:g}"
-    assert legend[0][0].startswith("this project") and legend[0][0].endswith(ours)
-    assert legend[-1][0] == "DDPM, DiT: uniform t"
-    names = " ".join(name for name, _ in legend)
-    assert all(name in names for name in ("SD3", "JiT: mean 0.8, std 0.8", "EDM2: mean -0.4"))
+    assert names[0].startswith("this project") and names[0].endswith(ours)
+    assert names[-1] == "DDPM, DiT: uniform t"
+    assert all(name in " ".join(names) for name in
+               ("SD3", "JiT: mean 0.8, std 0.8", "EDM2: mean -0.4"))
     for panel, whole in ((level, 1), (time, 1000)):
-        for curve in panel.curves:
-            x, y = np.array(curve.points).T
-            assert area(x, y) == pytest.approx(whole, rel=0.01)
-    assert max(time.curves[-1].points)[1] == 1
-    x, y = np.array(level.curves[-1].points).T      # uniform t: its share between two levels
+        assert len(panel.lines) == len(names)
+        assert len({line.get_color() for line in panel.lines}) == len(names)
+        assert {line.get_linestyle() for line in panel.lines} == {"-", "--", "-.", ":"}
+        for drawn_line in panel.lines:
+            assert area(*drawn_line.get_data()) == pytest.approx(whole, rel=0.01)
+    assert set(time.lines[-1].get_ydata()) == {1}
+    x, y = level.lines[-1].get_data()               # uniform t: its share between two levels
     process = GaussianDiffusion(**train_mnist.DIFFUSION)
     t = process.t_from_noise_level(torch.tensor([-1.0, 1.0]))
     inside = (x > -1) & (x < 1)
     share = (t[1] - t[0]).item() / 1000
     assert area(x[inside], y[inside]) == pytest.approx(share, abs=0.01)
+    ticks = dict(zip(level.get_xticks(), level.get_xticklabels(), strict=True))
+    assert ticks[0].get_text() == f"0\nt = {process.t_from_noise_level(torch.tensor(0.0))}"
 
 
-def test_a_recipe_with_published_levels_shares_their_curve(here, panels, monkeypatch):
+def test_a_recipe_with_published_levels_shares_their_curve(here, drawn, monkeypatch):
     for normal, first in (((0.8, 0.8), "this project, JiT"), ((0.4, 0.9), "this project")):
         monkeypatch.setitem(charts.RECIPE, "noise_mean", normal[0])
         monkeypatch.setitem(charts.RECIPE, "noise_std", normal[1])
         assert run("densities", "--out", "d.png", "--force") == 0
-        _, legend = panels.pop()
-        assert legend[0][0] == f"{first}: mean {normal[0]}, std {normal[1]}"
-        assert len(legend) == 4 + (first == "this project")
+        names = legend(drawn.pop())
+        assert names[0] == f"{first}: mean {normal[0]}, std {normal[1]}"
+        assert len(names) == 4 + (first == "this project")

@@ -238,6 +238,8 @@ BOX = ["--rectangle", "0", "0", "9", "9"]
      ["--rectangle 5 0 5 9", "28x28"]),
     (["inpaint", "--test-image", "1", "--dataset", "glyphs", "--rectangle", "0", "0", "9", "29"],
      ["29", "28x28"]),
+    (["inpaint", "--test-image", "1", "--dataset", "glyphs", "--rectangle", "0", "0", "29", "9"],
+     ["29", "28x28"]),
     (["inpaint", "--images", "0"], ["--images"]),
     (["noises"], ["--label"]),
     (["noises", "--label", "eleven"], ["'eleven' is not a class"]),

@@ -44,15 +44,6 @@ def sheets(monkeypatch):
     return calls
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The matplotlib figures that were made."""
-    pytest.importorskip("matplotlib")
-    kept, new = [], figures.new_figure
-    monkeypatch.setattr(figures, "new_figure", lambda **o: kept.append(new(**o)) or kept[-1])
-    return kept
-
-
 # ---------------------------------------------------------------- images
 
 
@@ -351,10 +342,11 @@ def test_mnist_is_looked_for_in_data_dir(train, monkeypatch):
 def test_without_matplotlib_the_figures_that_need_it_say_so(pair, monkeypatch):
     for name in [m for m in sys.modules if m.split(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    for flags in (["error", "v"], ["loss", "v"], ["sweep", "none.jsonl"]):
-        if flags[0] == "sweep":
-            Path("none.jsonl").write_text(line(1.0) + "\n" + line(2.0) + "\n")
+    Path("two.jsonl").write_text(line(1.0) + "\n" + line(2.0) + "\n")
+    for flags in (["error", "v"], ["loss", "v"], ["sweep", "two.jsonl"], ["accuracy", "two.jsonl"],
+                  ["densities"]):
         assert "pip install matplotlib" in refused(*flags, "--out", "m.png")
+    assert not Path("m.png").exists()
     assert run("x0hat", "v", "--times", 5, "--images", 1, "--out", "x.png") == 0
 
 

@@ -111,15 +111,6 @@ def expected(tmp_path, monkeypatch) -> Path:
     return tmp_path / "expected.json"
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The matplotlib figures that were made."""
-    pytest.importorskip("matplotlib")
-    kept, new = [], figures.new_figure
-    monkeypatch.setattr(figures, "new_figure", lambda **o: kept.append(new(**o)) or kept[-1])
-    return kept
-
-
 def line(step: int, **more) -> dict:
     return dict(step=step, loss=3.0 / step, loss_q1=6.0, **more)
 

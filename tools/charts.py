@@ -1,20 +1,23 @@
 """Two figures of tools.figures: sample quality against accuracy; the densities of noise levels."""
 
 import json
-import math
 from collections import Counter
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
 
 import torch
-from PIL import Image
 
 from diffusion import GaussianDiffusion
 from support.cli import UserError, say
 from support.folders import CONFIG
-from tools.curves import COLOURS, Axis, Curve, Panel, draw, linear, logarithmic
 from train_mnist import DIFFUSION, RECIPE
 
+METRICS = {"accuracy": "accuracy", "frechet": "Frechet distance", "precision": "precision",
+           "recall": "recall"}
+# Told apart by colour-blind readers (Okabe & Ito), and by marker or line style
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5A5A5A")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 ENOUGH = 0.995                  # an accuracy at which the distances of runs are compared
 ERRORS = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 5e-4, 2e-4, 1e-4)   # ticks
 # Mean and standard deviation of ln(sigma / alpha) in training. JiT's t is 1 where the image is
@@ -52,7 +55,7 @@ def guidance_curve(points: list[dict], images: int) -> list[dict]:
     return sorted(found, key=lambda p: p["guidance"])
 
 
-def quality(runs: list[tuple[str, Path, list[dict]]], images: int | None) -> Image.Image:
+def quality(figure, runs: list[tuple[str, Path, list[dict]]], images: int | None) -> None:
     """Frechet distance and recall against accuracy, which guidance varies: a curve for each name,
     the mean of its runs, each of which is a thin line. runs: (name, file, its evaluations).
     Says for each run the smallest distance with at least ENOUGH right."""
@@ -64,35 +67,63 @@ def quality(runs: list[tuple[str, Path, list[dict]]], images: int | None) -> Ima
             raise UserError(f"{file} has no evaluation of {images:,} images")
         groups.setdefault(name, []).append(curve)
         say(f"{name} ({file}): {in_words(best(curve))}")
-    tests = [point["test"] for curves in groups.values() for c in curves for point in c]
+    points = [point for curves in groups.values() for curve in curves for point in curve]
     for name, curves in groups.items():
         found = [b["samples"]["frechet"] for b in map(best, curves) if b]
         if len(found) == len(curves) > 1:
             say(f"{name}: Frechet distance {fmean(found):.2f} ± {stdev(found):.2f} over "
                 f"{len(found)} runs")
-    say(f"real, test set: Frechet distance {tests[0]['frechet']:.2f}, recall "
-        f"{tests[0]['recall']:.3f}; {images:,} images each")
-    means = {name: mean_curve(curves) for name, curves in groups.items()}
-    panels = []
-    for metric, title in [("frechet", "Frechet distance"), ("recall", "Recall")]:
-        drawn = [p["samples"][metric] for curves in groups.values() for c in curves for p in c]
-        reference = sorted({test[metric] for test in tests})
-        scale = logarithmic if metric == "frechet" else linear
-        y = scale("", max(min(drawn + reference), 1e-3), max(drawn + reference))
-        curves = []
-        for (name, each), colour in zip(groups.items(), colours(len(groups)), strict=True):
-            for points, width in [(c, 0.7) for c in each if each[1:]] + [(means[name], 2.2)]:
-                places = [(error(p["samples"]["accuracy"], images), p["samples"][metric])
-                          for p in points]
-                curves.append(Curve(places, colour, width, [f"{p['guidance']:g}" for p in points]
-                                    if width > 1 else None))
-        panels.append(Panel(f"{title} against accuracy", accuracy_axis(groups, images), y, curves,
-                            [("y", value, "real: test set") for value in reference[:1]]
-                            + [("y", value, "") for value in reference[1:]]
-                            + [("x", 1 - ENOUGH, "")]))
-    return draw(panels, [(name + f" ({len(curves)} runs)" * (len(curves) > 1), colour)
-                         for (name, curves), colour in
-                         zip(groups.items(), colours(len(groups)), strict=True)])
+    test = points[0]["test"]
+    say(f"real, test set: Frechet distance {test['frechet']:.2f}, recall {test['recall']:.3f}; "
+        f"{images:,} images each")
+    for metric, axes in zip(("frechet", "recall"), figure.subplots(1, 2), strict=True):
+        axes.set_prop_cycle(color=COLOURS, marker=MARKERS)
+        axes.margins(y=0.1)
+        means = {name: fmean(p["samples"][metric] for c in curves for p in c)
+                 for name, curves in groups.items()}
+        for name, curves in groups.items():
+            label = name + f" ({len(curves)} runs)" * (len(curves) > 1)
+            draw_runs(axes, label, curves, metric, images, below=means[name] == min(means.values()))
+        metric_axis(axes, metric, points)
+        axes.axvline(1 - ENOUGH, color="black", ls=":", lw=0.9)
+        accuracy_axis(axes, points, images)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center",
+                  ncols=len(groups) + 1)
+
+
+def draw_runs(axes, label: str, curves: list[list[dict]], metric: str, images: int, below: bool
+              ) -> None:
+    """The mean of runs with its guidances above or below it; thin, each run where it has several.
+    """
+    def places(curve: list[dict]) -> tuple[list[float], list[float]]:
+        return ([error(p["samples"]["accuracy"], images) for p in curve],
+                [p["samples"][metric] for p in curve])
+
+    mean = mean_curve(curves)
+    line, = axes.plot(*places(mean), lw=2, ms=5, label=label)
+    style = dict(color=line.get_color(), fontsize=9, textcoords="offset points",
+                 bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=0.3),
+                 **(dict(xytext=(-4, -12), ha="right") if below else dict(xytext=(4, 5))))
+    for point, x, y in zip(mean, *places(mean), strict=True):
+        axes.annotate(f"{point['guidance']:g}", (x, y), **style)
+    for curve in curves if curves[1:] else ():
+        axes.plot(*places(curve), lw=0.7, marker="", zorder=1, color=line.get_color())
+
+
+def metric_axis(axes, metric: str, points: list[dict]) -> None:
+    """The y axis of a metric, logarithmic for a distance, with a grid; dashed, the test set's
+    value."""
+    tests = sorted({p["test"][metric] for p in points})
+    for i, value in enumerate(tests):
+        axes.axhline(value, color="black", ls="--", lw=0.9, label=None if i else "real: test set")
+    axes.set_ylabel(METRICS[metric])
+    if metric == "frechet":
+        axes.set_yscale("log", subs=[2, 5])
+        axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+    else:                                           # shares: differences below 0.03 look small
+        drawn = tests + [p["samples"][metric] for p in points]
+        axes.set_ylim(min(drawn) - 0.03, min(max(drawn) + 0.03, 1.005))
+    axes.grid(alpha=0.3, which="both")
 
 
 def best(curve: list[dict]) -> dict | None:
@@ -121,23 +152,21 @@ def error(accuracy: float, images: int) -> float:
     return max(1 - accuracy, 0.5 / images)
 
 
-def accuracy_axis(groups: dict, images: int) -> Axis:
+def accuracy_axis(axes, points: list[dict], images: int) -> None:
     """Logarithmic in the error, from 10% or the largest one to half a sample."""
-    errors = [error(p["samples"]["accuracy"], images) for cs in groups.values() for c in cs
-              for p in c]
-    low, high = max(0.1, *errors) * 1.1, 0.5 / images
+    low = 1.1 * max(0.1, *(error(p["samples"]["accuracy"], images) for p in points))
+    high = 0.5 / images
     ticks = {e: f"{100 * (1 - e):g}%" for e in ERRORS if low > e > 1.5 * high} | {high: "100%"}
-    return Axis("accuracy", low, high, ticks, math.log)
-
-
-def colours(count: int) -> list[tuple]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+    axes.set(xscale="log", xlim=(low, 0.8 * high), xlabel="accuracy")
+    axes.set_xticks(list(ticks), ticks.values())
+    axes.set_xticks([], minor=True)
+    axes.tick_params("x", labelsize=9)
 
 
 # ---------------------------------------------------------------- densities of noise levels
 
 
-def densities() -> Image.Image:
+def densities(figure) -> None:
     """How often training sees each noise level: the density over ln(sigma / alpha), and over the
     timesteps of the lesson's schedule, relative to uniform t."""
     diffusion = GaussianDiffusion(**DIFFUSION)
@@ -146,26 +175,26 @@ def densities() -> Image.Image:
     names: dict[tuple, str] = {ours: "this project"}
     for name, normal in PUBLISHED.items():
         names[normal] = f"{names[normal]}, {name}" if normal in names else name
-    normals = [NormalDist(*normal) for normal in names]
-    levels = torch.linspace(-6, 6, 481).tolist()
-    by_level = [[(x, d.pdf(x)) for x in levels] for d in normals]
-    middle, width = (level[1:] + level[:-1]) / 2, level.diff()
-    by_level.append(list(zip(middle.tolist(), (1 / T / width).tolist(), strict=True)))
-    by_time = [list(enumerate((T * shares(diffusion, d)).tolist())) for d in normals]
-    by_time.append([(0, 1.0), (T - 1, 1.0)])
-    legend = [f"{name}: mean {m:g}, std {s:g}" for (m, s), name in names.items()]
-    legend.append("DDPM, DiT: uniform t")
-    ticks = {x: f"{x}\nt = {int(diffusion.t_from_noise_level(torch.tensor(float(x))))}"
-             for x in range(-4, 6, 2)}
-    highest = 1.05 * max(y for points in by_time for _, y in points)
-    panels = [Panel("Density of training over ln(sigma / alpha)",
-                    Axis("ln(sigma / alpha); t of the linear-beta schedule", -6, 6, ticks),
-                    linear("", 0, 1.05 * max(y for points in by_level for _, y in points))),
-              Panel("... and over t, where uniform is 1", linear("t", 0, T, 5),
-                    linear("", 0, highest))]
-    for panel, found in zip(panels, (by_level, by_time), strict=True):
-        panel.curves = [Curve(points, COLOURS[i]) for i, points in enumerate(found)]
-    return draw(panels, list(zip(legend, colours(len(legend)), strict=True)))
+    by_level, by_time = panels = figure.subplots(1, 2)
+    for axes in panels:
+        axes.set_prop_cycle(color=COLOURS[:len(STYLES)], linestyle=STYLES)
+        axes.grid(alpha=0.3)
+    levels = torch.linspace(-6, 6, 481)
+    for (mean, std), name in names.items():
+        distribution = NormalDist(mean, std)
+        by_level.plot(levels, [distribution.pdf(x) for x in levels.tolist()],
+                      label=f"{name}: mean {mean:g}, std {std:g}")
+        by_time.plot(T * shares(diffusion, distribution))
+    by_level.plot((level[1:] + level[:-1]) / 2, 1 / (T * level.diff()),
+                  label="DDPM, DiT: uniform t")
+    by_time.plot([0, T - 1], [1, 1])
+    ticks = torch.arange(-4.0, 6.0, 2.0)
+    by_level.set_xticks(ticks, [f"{x:g}\nt = {t}" for x, t in zip(
+        ticks.tolist(), diffusion.t_from_noise_level(ticks).tolist(), strict=True)])
+    by_level.set(xlabel="ln(sigma / alpha); t of the linear-beta schedule", xlim=(-6, 6),
+                 ylim=(0, None), ylabel="density in training")
+    by_time.set(xlabel="t", xlim=(0, T), ylim=(0, None), ylabel="density, relative to uniform t")
+    figure.legend(loc="outside lower center", ncols=3)
 
 
 def shares(diffusion: GaussianDiffusion, distribution: NormalDist) -> torch.Tensor:

@@ -104,7 +104,7 @@ def mask_of(args: Namespace, side: int) -> Tensor:
     mask = torch.zeros(side, side, dtype=torch.bool)
     if args.mask is not None:
         pixels, _ = data.open_image(args.mask, side)
-        mask |= torch.tensor(pixels).float().mean(dim=0) > 127
+        mask = torch.tensor(pixels).float().mean(dim=0) > 127
     if args.rectangle is not None:
         left, top, right, bottom = args.rectangle
         if not (left < right <= side and top < bottom <= side):

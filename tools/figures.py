@@ -13,8 +13,8 @@
                                                         quarter of t
     python -m tools.figures training RUN                the run's previews as a GIF
 
-Each writes --out FILE.png, or a new numbered file under output/. `error`, `sweep` and `loss` need
-matplotlib.
+Each writes --out FILE.png, or a new numbered file under output/. `error`, `sweep`, `accuracy`,
+`densities` and `loss` need matplotlib.
 """
 
 if not __package__:
@@ -44,12 +44,11 @@ from support.pictures import animation, titled
 from support.sampling import resolve_sampling
 from support.seeds import generator
 from tools import charts, evaluate
+from tools.charts import METRICS
 
 FORWARD_TIMES = [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999]
 X0HAT_TIMES = [999, 950, 900, 800, 600, 400, 200, 50]
 ATTENTION_TIMES = [800, 50]
-METRICS = {"accuracy": "accuracy", "frechet": "Frechet distance", "precision": "precision",
-           "recall": "recall"}
 
 # ---------------------------------------------------------------- images and models
 
@@ -378,23 +377,13 @@ def draw_metric(axes, series: dict[str, list[dict]], x: str, metric: str) -> Non
         spread = [p["std"][metric] for p in group]
         axes.errorbar([p[x] for p in group], [p["samples"][metric] for p in group],
                       spread if any(spread) else None, marker="o", ms=4, capsize=2, label=label)
-    tests = {p["test"][metric] for group in series.values() for p in group}
-    for i, value in enumerate(sorted(tests)):
-        axes.axhline(value, color="black", ls="--", lw=0.9, label=None if i else "real: test set")
-    axes.set(xlabel=x, ylabel=METRICS[metric])
-    drawn = [p["samples"][metric] for group in series.values() for p in group] + list(tests)
-    if metric == "frechet" and min(drawn) > 0 and max(drawn) > 10 * min(drawn):
-        axes.set_yscale("log")
-    elif metric == "frechet":
-        axes.set_ylim(0, 1.1 * max(drawn))
-    else:                                           # shares: differences below 0.03 look small
-        axes.set_ylim(min(drawn) - 0.03, min(max(drawn) + 0.03, 1.005))
+    charts.metric_axis(axes, metric, [p for group in series.values() for p in group])
+    axes.set_xlabel(x)
     if x == "steps":
         axes.set_xscale("log")
         ticks = sorted({p[x] for group in series.values() for p in group})
         axes.set_xticks(ticks, [str(t) for t in ticks])
-        axes.minorticks_off()
-    axes.grid(alpha=0.3)
+        axes.set_xticks([], minor=True)
 
 
 def sweep(args: Namespace, device: torch.device):
@@ -414,19 +403,20 @@ def sweep(args: Namespace, device: torch.device):
     return figure
 
 
-# ---------------------------------------------------------------- curves (tools/charts.py)
-
-
-def accuracy(args: Namespace, device: torch.device) -> Image.Image:
+def accuracy(args: Namespace, device: torch.device):
     """Frechet distance and recall against accuracy, a curve for each name."""
     runs = [(name, file, read_evaluations([file])) for name, file in map(charts.run_name,
                                                                          args.runs)]
-    return charts.quality(runs, args.images)
+    figure = new_figure(figsize=(10, 4.2))
+    charts.quality(figure, runs, args.images)
+    return figure
 
 
-def densities(args: Namespace, device: torch.device) -> Image.Image:
+def densities(args: Namespace, device: torch.device):
     """The density of the noise levels in training: this project's and published ones."""
-    return charts.densities()
+    figure = new_figure(figsize=(10, 4.2))
+    charts.densities(figure)
+    return figure
 
 
 # ---------------------------------------------------------------- training runs
