@@ -112,4 +112,4 @@ def test_with_ipywidgets_there_is_a_slider(notebook, monkeypatch):
     monkeypatch.setattr(sample, "generate",
                         lambda checkpoint, labels, cfg_scale: (checkpoint, *labels, cfg_scale))
     exec(source(notebook, "guidance"), dict(display=shown.append))
-    assert shown == [("the newest", *range(10), 1.75)]
+    assert shown == [("the newest", *range(10), 1.6)]
