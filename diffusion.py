@@ -45,7 +45,7 @@ class GaussianDiffusion:
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting {weighting!r} is none of {', '.join(WEIGHTINGS)}")
         if not 0 < beta_start <= beta_end < 1:
-            raise ValueError(f"beta goes from {beta_start} to {beta_end}, and must be in (0, 1)")
+            raise ValueError(f"beta from {beta_start} to {beta_end}: it must rise within (0, 1)")
         self.num_timesteps, self.prediction, self.weighting = num_timesteps, prediction, weighting
         beta = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
         self.alpha_bar = torch.cumprod(1 - beta, dim=0)

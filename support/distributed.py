@@ -1,6 +1,6 @@
 """Devices, number formats, and the processes that share a run under torchrun.
 
-With one process every function here is a no-op, so that no caller needs a branch.
+With one process the functions that concern several are no-ops, so that no caller needs a branch.
 """
 
 import contextlib

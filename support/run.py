@@ -26,6 +26,7 @@ from support.distributed import StepRandom, broadcast_from_rank0
 from support.folders import (
     CONFIG,
     checkpoints_in,
+    is_partial_write,
     is_run_folder,
     keep_last,
     lock_folder,
@@ -169,6 +170,10 @@ class Run:
             folder = Path(args.out or paths.short(new_folder(paths.OUTPUT, label)))
             with io_errors(f"cannot make the folder {folder}"):
                 folder.mkdir(parents=True, exist_ok=True)
+            holds_run = is_run_folder(folder) or (folder / "metrics.jsonl").exists()
+            if not holds_run and any(p.name != "lock" and not is_partial_write(p)
+                                     for p in folder.iterdir()):
+                raise UserError(f"{folder} is not empty: give --out a new folder")
             start.lock = lock_folder(folder)
             if is_run_folder(folder) or (folder / "metrics.jsonl").exists():
                 raise UserError(f"{folder} already holds a run: --resume --out {folder} continues "
@@ -217,7 +222,8 @@ class Run:
             f"{world} process{'es' * (world > 1)}: steps {self.start:,} to {self.stop:,} of "
             f"{args.steps:,}, batch {args.batch_size}, predicts {args.prediction}, "
             f"{args.optimizer}",
-            f"run folder: {paths.short(self.folder)}")
+            f"run folder: {paths.short(self.folder)}",
+            *["compiling: the first step takes up to a minute"] * self.state.compiled)
 
     def finish(self) -> int:
         """Disconnect the processes and print the summary. Returns the exit status."""

@@ -83,7 +83,7 @@ def resolve_sampling(checkpoint, cfg_scale: float | None = None, steps: int | No
     elif steps is None:
         steps = suggested["steps"]
     if not 1 <= steps <= total:
-        raise UserError(f"--steps {steps}: the process has {total}")
+        raise UserError(f"--steps {steps}: from 1 to {total} are possible")
     eta = suggested["eta"] if eta is None else eta
     options = {k: v for k, v in {"steps": steps, "eta": eta}.items() if k in accepted}
     device = next(checkpoint.model.parameters()).device
@@ -131,9 +131,9 @@ def weaker_model(name: str, checkpoint, device: torch.device) -> torch.nn.Module
     theirs, ours = same(weak), same(own)
     for key in ours | theirs:
         if theirs.get(key) != ours.get(key):
-            raise UserError(f"--autoguidance {paths.short(path)}: its {key} is "
-                            f"{shorten(theirs.get(key), 80)}, and that of "
-                            f"{paths.short(checkpoint.path)} {shorten(ours.get(key), 80)}")
+            raise UserError(f"--autoguidance {paths.short(path)} differs in {key}: "
+                            f"{shorten(theirs.get(key), 80)}, and {shorten(ours.get(key), 80)} in "
+                            f"{paths.short(checkpoint.path)}")
     return checkpoints.build(weak, "ema", device)[0]
 
 
@@ -226,10 +226,11 @@ def add_sampling_flags(p: Parser, several: bool = False) -> None:
                    "weaker model, an early checkpoint or a smaller network, instead of from \"no "
                    "class\" (arXiv 2406.02507); --cfg-scale is its scale")
     g.add_argument("--sampler", metavar="NAME", help="ddim, ddpm (all 1000 steps: minutes on a "
-                   "CPU), or dpm++ (DPM-Solver++(2M): good from 5 steps on)")
+                   "CPU) or dpm++ (DPM-Solver++(2M): good from 5 steps on); euler or heun for "
+                   "rectified-flow")
     g.add_argument("--steps", type=COUNT, help="sampling steps")
     g.add_argument("--eta", type=number(float, 0, 1), help="noise that ddim adds: 0 none, 1 as "
-                   "much as ddpm")
+                   "much as ddpm (tools.edit inpaint: 1)")
     g.add_argument("--weights", choices=("ema", "model"), default="ema",
                    help="the EMA weights or the last ones (default: ema)")
     g.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",

@@ -20,6 +20,8 @@ BEFORE = dict(timesteps="uniform", weighting="plain")
 # What a resumed run may change: nothing that changes what a step computes.
 FREE = {"steps", "log_every", "preview_every", "save_every", "keep", "device", "data_dir", "out",
         "stop_after", "resume", "grad_accum", "logger"}
+ONLY_WITH = {"muon_lr": ("optimizer", "muon"), "noise_mean": ("timesteps", "log-normal"),
+             "noise_std": ("timesteps", "log-normal")}
 NOT_RECORDED = ("out", "stop_after", "device", "resume", "init_from", "config")
 
 
@@ -56,6 +58,11 @@ class Settings:
             values.update(recorded)
         values.update({k: v for k, v in given.items()
                        if k not in ("resume", "init_from", "config")})
+        if recorded is None and "config" not in given:
+            for key, (other, wanted) in ONLY_WITH.items():
+                if key in given and values[other] != wanted:
+                    raise UserError(f"--{key.replace('_', '-')} does not apply to --{other} "
+                                    f"{values[other]}")
         if values["weighting"] is None:
             values["weighting"] = "v" if values["prediction"] == "x0" else "plain"
         if values["dataset"] == "celeba":
@@ -151,8 +158,8 @@ class Settings:
         for name, (kind, least, greatest, text) in components.FLAGS.items():
             add(g, f"--{name.replace('_', '-')}", text, type=number(kind, least, greatest))
         add(g, "--prediction", "what the output means: eps, v or x0", choices=PREDICTIONS)
-        add(g, "--weighting", "of the errors at different t: plain, v (as errors in v) or min-snr "
-            "(default: v for x0, plain for eps and v)", choices=WEIGHTINGS)
+        add(g, "--weighting", "weighting of the loss over t: plain, v (errors as errors in v) or "
+            "min-snr (default: v for x0, plain for eps and v)", choices=WEIGHTINGS)
         add(g, "--timesteps", "distribution of t in training: uniform (the paper), log-normal "
             "(ln(sigma / alpha) is normal), or logit-normal (of t / 1000)", choices=TIMESTEPS)
         add(g, "--noise-mean", "log-normal: mean of ln(sigma / alpha)",
@@ -169,13 +176,13 @@ class Settings:
         add(g, "--muon-lr", "learning rate of Muon", type=number(float, 0))
         add(g, "--warmup", "steps over which the learning rates rise", type=number(int, 0))
         add(g, "--decay", "share of the run over which they fall to 0", type=number(float, 0, 1))
-        add(g, "--weight-decay", "of both optimizers", type=number(float, 0))
+        add(g, "--weight-decay", "weight decay of both optimizers", type=number(float, 0))
         add(g, "--clip", "gradient clipping: largest norm, 0 for none", type=number(float, 0))
-        add(g, "--ema-decay", "of the EMA, per step; reached gradually: (1 + step) / (10 + "
+        add(g, "--ema-decay", "decay of the EMA per step, after a warm-up: (1 + step) / (10 + "
             "step)", type=number(float, 0, 1, True))
         g = p.add_argument_group("speed")
-        add(g, "--precision", "of the matrix products: auto, bf16, fp16 or fp32 (TF32 on a GPU)",
-            choices=("auto", "bf16", "fp16", "fp32"))
+        add(g, "--precision", "number format of the matrix products: auto, bf16, fp16 or fp32 "
+            "(TF32 on a GPU)", choices=("auto", "bf16", "fp16", "fp32"))
         add(g, "--compile", "torch.compile the loss; the first step takes up to a minute "
             "(default: on where a compiler is found, on a CPU in runs of 3,000 steps or more)",
             action=argparse.BooleanOptionalAction)

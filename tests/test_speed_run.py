@@ -72,7 +72,10 @@ def test_the_table_and_the_results(faked, capsys):
     assert main("--steps", 10, "--seeds", 1, "--targets", 97, 98) == 0
     out = capsys.readouterr().out
     assert "97% right: 1.0 seconds, 10 steps" in out and "mean" not in out
-    assert "98% right: not reached in 10 steps" in out
+    assert "98% right: not reached in 10 steps with a recall of 0.7" in out
+    assert "By the rules only three seeds or more" in out
+    main("--steps", 10, "--seeds", 2, "--targets", 97, "--", "--dataset", "glyphs")
+    assert "By the rules" in capsys.readouterr().out
 
 
 def test_flags(faked):
@@ -85,6 +88,7 @@ def test_flags(faked):
             (["--steps", 10, "--", "--seed", 3], "--seed is not for train_mnist.py here"),
             (["--steps", 10, "--", "--init-from", "x.pt"], "--init-from is not for"),
             (["--steps", 10, "--", "--device", "tpu"], "tpu"),
+            (["--steps", 10, "--", "--config", "none.json"], "none.json is not the config.json"),
             (["--stepps", 10], "required: --steps"), (["--steps"], "--steps"),
             (["--steps", 10, "--targets", 101], "101 is not a number of at least 0 and at most"),
             (["--steps", 10, "--model", "x"], "unrecognized arguments: --model")]:

@@ -367,7 +367,7 @@ def test_ema_decay_changes_the_ema_alone(trained):
     "aot_eager",                        # the capture of the graph, without a minute of compilers
     pytest.param("inductor", marks=pytest.mark.long),
 ])
-def test_compile_gives_the_same_losses_to_rounding(train, monkeypatch, backend):
+def test_compile_gives_the_same_losses_to_rounding(train, monkeypatch, capsys, backend):
     honest = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: honest(self, backend=backend))
     train("--steps", 2, "--precision", "fp32", "--out", "eager")
@@ -375,6 +375,7 @@ def test_compile_gives_the_same_losses_to_rounding(train, monkeypatch, backend):
         train("--steps", 2, "--precision", "fp32", "--out", "compiled", "--compile")
     except UserError as error:
         pytest.skip(str(error))
+    assert capsys.readouterr().out.count("compiling: the first step") == 1
     assert losses("compiled") == pytest.approx(losses("eager"), rel=1e-4)
     assert load("compiled/step_0000002.pt")["model"].keys() == \
         load("eager/step_0000002.pt")["model"].keys()
@@ -427,6 +428,9 @@ def test_grad_accum_makes_the_same_update(train, monkeypatch):
     (["--network", "unet"], ["--network", "unet", "dit"]),
     (["--process", "flow"], ["--process", "flow", "ddpm"]),
     (["--weighting", "none"], ["--weighting", "none", "min-snr"]),
+    (["--optimizer", "adamw", "--muon-lr", "1"], ["--muon-lr does not", "--optimizer adamw"]),
+    (["--timesteps", "uniform", "--noise-mean", "1"], ["--noise-mean does not", "uniform"]),
+    (["--timesteps", "uniform", "--noise-std", "1"], ["--noise-std does not", "uniform"]),
 ])
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(train, tmp_path, flags, words):
     Path("a-file").write_text("not a folder")
@@ -514,6 +518,16 @@ def test_a_folder_that_holds_a_run_is_never_overwritten(train, checkpoint):
     with pytest.raises(UserError, match="already holds a run"):
         train("--steps", 9, "--out", "run")
     assert {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()} == before
+
+
+def test_a_folder_of_other_files_is_no_run_folder(train):
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="mine is not empty: give --out a new folder"):
+        train("--steps", 1, "--out", "mine")
+    assert [p.name for p in Path("mine").iterdir()] == ["notes.txt"]
+    Path("mine/notes.txt").rename("mine/.config.json.7.tmp")        # what a kill may leave
+    assert train("--steps", 1, "--out", "mine") == 0
 
 
 def test_the_presets_model_takes_a_patch_that_divides_the_images(train, monkeypatch):

@@ -30,6 +30,7 @@ from support import components, data, distributed, paths
 from support.cli import (
     SEED, Parser, UserError, atomic_write, check_target, io_errors, next_free, number, run_command,
     say)
+from support.latents import is_latents
 from support.pictures import FrameRecorder, animation, grid, save_picture
 from support.sampling import add_sampling_flags, describe, parse_label, settings_from
 from support.seeds import ImageNoise
@@ -42,7 +43,7 @@ def inpainting(model, y: Tensor, cfg_scale: float, guide: Callable, process, x0:
     """predict(xt, t) of `guide`, except that where `known` (H, H) its x0_hat is x0 (C, H, H).
 
     In place of x0_hat a sampler gets the output of a network that would have said so. Whatever it
-    then mixes, the known part of xt is x0 noised to t (Song et al., arXiv 2011.13456, section 5).
+    then mixes, the known part of xt is x0 noised to t (Wang et al., DDNM, arXiv 2212.00490).
     """
     predict, C = guide(model, y, cfg_scale), len(x0)
 
@@ -82,11 +83,13 @@ def picture_of(args: Namespace, checkpoint: Checkpoint) -> tuple[Tensor, int]:
         raise UserError("name one picture: --image FILE or --test-image N")
     if args.image is not None:
         pixels, _ = data.open_image(args.image, model.input_size)
+    elif is_latents(args.dataset):
+        raise UserError(f"--dataset {args.dataset} holds latents, and no pictures")
     else:
         test = data.load(args.dataset, args.data_dir, model.input_size, "test")
         if args.test_image >= (count := len(test.images)):
-            raise UserError(f"--test-image {args.test_image}: the test set of {test.name} has "
-                            f"{count:,}, from 0")
+            raise UserError(f"--test-image {args.test_image}: the images of {test.name}'s test set "
+                            f"are 0 to {count - 1:,}")
         pixels = test.images[args.test_image].expand(3, -1, -1).numpy()
         if test.class_names == names:
             label = int(test.labels[args.test_image])
@@ -122,6 +125,8 @@ def mask_of(args: Namespace, side: int) -> Tensor:
 
 def noises(args: Namespace, checkpoint: Checkpoint, how: dict) -> tuple[Tensor, list[Tensor]]:
     """Samples of one class, from noises between those of two seeds."""
+    if args.seeds[0] == args.seeds[1]:
+        raise UserError(f"--seeds {args.seeds[0]} {args.seeds[1]}: two different seeds are needed")
     first, last = (noise_of(checkpoint, seed)("T") for seed in args.seeds)
     weights = torch.linspace(0, 1, args.frames, device=first.device).view(-1, 1, 1, 1)
     y = torch.full((args.frames,), parse_label(args.label, checkpoint.class_names))
@@ -189,18 +194,18 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:                             # reported by the subcommand, which knows its flags
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     out = args.out or next_free(paths.OUTPUT, args.operation, ".png")
-    film = out.with_suffix(".gif")
+    gif_path = out.with_suffix(".gif")
     check_target(out, args.force, ".png")
-    check_target(film, args.force, ".gif")
+    check_target(gif_path, args.force, ".gif")
     checkpoint = load(args.checkpoint, args.device, args.weights)
     [how] = settings_from(args, checkpoint)
     say(f"{paths.short(checkpoint.path)}: step {checkpoint.step:,}, {describe(args, [how])}")
     images, frames = args.edit(args, checkpoint, how)
-    with io_errors(f"{out} or {film} cannot be written"):
+    with io_errors(f"{out} or {gif_path} cannot be written"):
         save_picture(out, grid(images, min(16, len(images)), scale=args.scale))
         gif = animation([grid(frame, min(16, len(frame)), scale=args.scale) for frame in frames])
-        atomic_write(film, lambda file: file.write(gif))
-    say(*(f"written: {paths.short(path)}" for path in (out, film)))
+        atomic_write(gif_path, lambda file: file.write(gif))
+    say(*(f"written: {paths.short(path)}" for path in (out, gif_path)))
     return 0
 
 

@@ -23,5 +23,5 @@ GUIDANCE = {            # --guidance-interval LO HI, --autoguidance CKPT
     "autoguidance": "variants.guidance:autoguidance",
 }
 FLAGS = {               # a constructor's argument: its flag's type, least and greatest value, help
-    "registers": (int, 0, 1024, "of --network registers: tokens beside the image's (default: 4)"),
+    "registers": (int, 0, 1024, "number of register tokens, with --network registers (default: 4)"),
 }

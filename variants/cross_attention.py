@@ -1,8 +1,8 @@
 """`--network cross-attention`: image tokens attend to t and y. DiT section 3.2, "Cross-attention".
 
-Between self-attention and the MLP each block has a third branch, in which every image token asks a
-sequence of two, the embeddings of t and y. Of the four block designs it costs most: two more D x D
-matrices per token, 15% of DiT-XL/2's multiply-adds.
+Between self-attention and the MLP each block has a third branch, in which every image token
+attends to two tokens, the embeddings of t and y. Of the four block designs it costs most: two more
+D x D matrices per token, 15% of DiT-XL/2's multiply-adds.
 """
 
 import torch

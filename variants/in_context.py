@@ -1,8 +1,9 @@
 """`--network in-context`: t and y as two more tokens. DiT section 3.2, "In-context conditioning".
 
 The blocks are those of a ViT. They see t and y because attention reads the two tokens, as it would
-a class token, and the two are removed after the last block. This adds almost nothing to the cost,
-and every token decides for itself, in each layer, how much of t and y it reads.
+a class token, and the two are removed after the last block. At the paper's 256 tokens this adds
+less than 1% to the cost, and every token decides for itself, in each layer, how much of
+t and y it reads.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""`--process learned-variance`: the network says how much noise each step back adds.
+"""`--process learned-variance`: the network predicts the variance of each reverse step.
 
 Nichol & Dhariwal, "Improved Denoising Diffusion Probabilistic Models", arXiv 2102.09672, and what
 the DiT paper trains with. A second set of output channels, v, chooses the variance of each step

@@ -1,11 +1,11 @@
-"""`--network modern`: what language models changed in the block since 2017, at equal parameters.
+"""`--network modern`: what later Transformers changed in the block, at equal parameters.
 
     RMSNorm    no mean is subtracted                              arXiv 1910.07467
-    2-D RoPE   queries and keys are rotated by their position     arXiv 2104.09864
+    2-D RoPE   queries and keys are rotated by row and column     after arXiv 2104.09864 (1-D)
     QK-norm    queries and keys have a fixed length               arXiv 2302.05442
     SwiGLU     a gated MLP, two thirds as wide                    arXiv 2002.05202
 
-JiT, LightningDiT and minRF combine them. Modulation, gates and the final layer are the lesson's.
+JiT and LightningDiT combine them. Modulation, gates and the final layer are the lesson's.
 """
 
 import torch
