@@ -171,7 +171,7 @@ def load(path: Path, device: torch.device, weights: str = "ema", heads: int | No
 
 
 def published(weights: dict[str, Tensor], path: Path, heads: int | None) -> dict:
-    """A checkpoint for weights of the published code. Their shapes say all but the number of
+    """A checkpoint for weights of the published code. Their shapes determine all but the number of
     heads, which dit.MODELS knows for the sizes of the paper."""
     def shape(name: str, dims: int) -> torch.Size:
         if name not in weights or weights[name].ndim != dims:
