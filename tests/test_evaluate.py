@@ -595,7 +595,7 @@ def test_wrong_flags_for_a_checkpoint(checkpoint):
     for argv, message in [(["--image-size", "28"], "is for an .npz or a folder"),
                           (["--sampler", "ddpm", "--steps", "5"], "ddpm takes all 1000 steps"),
                           (["--sampler", "ddpm", "--eta", "1"], "--eta does not apply to"),
-                          (["--steps", "1001"], "the process has 1000"),
+                          (["--steps", "1001"], "from 1 to 1000 are possible"),
                           (["--images", "3"], "at least 10"),
                           (["--weights", "model"], "no 'model' weights")]:
         with pytest.raises(UserError, match=message):

@@ -176,7 +176,7 @@ def test_every_process_that_can_has_the_sampler(lively, monkeypatch):
         components.find_sampler(GaussianDiffusion(), "os:system")
     assert "--eta does not apply to --sampler dpm++" in refused(
         sample.main, lively, "--sampler", "dpm++", "--eta", 0)
-    assert "--steps 1001: the process has 1000" in refused(
+    assert "--steps 1001: from 1 to 1000 are possible" in refused(
         sample.main, lively, "--sampler", "dpm++", "--steps", 1001)
     monkeypatch.setattr(components, "SAMPLERS", {})             # a lesson without variants/
     assert "this model has ddim, ddpm" in refused(sample.main, lively, "--sampler", "dpm++")
@@ -315,10 +315,10 @@ def evaluate_parser_and_source(words: list[str]):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--image-size", "14"], ["image size is 14", "28"]),
-    (["--prediction", "v"], ["prediction is v", "x0"]),
-    (["--process", "rectified-flow"], ["process is rectified-flow", "ddpm"]),
-    (["classes"], ["class names is ['a'", "['0'"]),
+    (["--image-size", "14"], ["differs in image size: 14", "28"]),
+    (["--prediction", "v"], ["differs in prediction: v", "x0"]),
+    (["--process", "rectified-flow"], ["differs in process: rectified-flow", "ddpm"]),
+    (["classes"], ["differs in class names: ['a'", "['0'"]),
 ])
 def test_a_weaker_model_that_does_not_fit(checkpoint, trained, flags, words):
     if flags == ["classes"]:

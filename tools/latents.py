@@ -332,7 +332,7 @@ def resolve(checkpoint: Checkpoint, args: Namespace) -> dict:
     respaced = ddpm and isinstance(checkpoint.diffusion, GaussianDiffusion)
     if respaced and steps > total:
         if args.steps:
-            raise UserError(f"--steps {steps}: the process has {total}")
+            raise UserError(f"--steps {steps}: from 1 to {total} are possible")
         steps = total
     how = resolve_sampling(checkpoint, args.cfg_scale, None if respaced else args.steps,
                            args.sampler, args.eta, latents=True)
