@@ -102,7 +102,7 @@ def draw_runs(axes, label: str, curves: list[list[dict]], metric: str, images: i
     mean = mean_curve(curves)
     line, = axes.plot(*places(mean), lw=2, ms=5, label=label)
     style = dict(color=line.get_color(), fontsize=9, textcoords="offset points",
-                 bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=0.3),
+                 bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=0.3), zorder=1.5,
                  **(dict(xytext=(-4, -12), ha="right") if below else dict(xytext=(4, 5))))
     for point, x, y in zip(mean, *places(mean), strict=True):
         axes.annotate(f"{point['guidance']:g}", (x, y), **style)
