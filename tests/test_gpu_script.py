@@ -189,7 +189,8 @@ def test_missing_data_is_an_error_unless_the_digits_are_drawn(slot):
 def test_the_dry_run_on_the_cpu(slot):
     """Everything, on drawn digits: minutes: it trains a ruler."""
     options = dict(PYTHON=sys.executable, DATASET="glyphs", STEPS=20, SCALES="1.5",
-                   TESTS="tests/test_gpu.py", EVALUATE_LIMIT=500, SLOT=3000)
+                   TESTS="tests/test_gpu.py", EVALUATE_LIMIT=500, CLASSIFIER_LIMIT=500,
+                   SLOT=3000)
     text = slot(**options, TRAINING_LIMIT=600)
     assert slot.status == 0, text
     files = {p.name: p.stat().st_size for p in slot.out.iterdir()}
