@@ -34,8 +34,8 @@ class GaussianDiffusion:
 
     num_timesteps, beta_start, beta_end: the schedule (DDPM section 4: 1000, 1e-4, 0.02).
     prediction, weighting: one of PREDICTIONS and of WEIGHTINGS (the paper: "eps", "plain";
-    train_mnist.py: "x0", "v"). Raises ValueError for any other, and for a beta outside (0, 1).
-    `alpha_bar` (T,) is float64 on the CPU; `to(device)` moves the float32 tables made from it.
+    train_mnist.py: "x0", "v"). Raises ValueError for others, and for betas that fall or leave
+    (0, 1). `alpha_bar` (T,) is float64 on the CPU; `to(device)` moves the float32 tables made of it.
     """
 
     def __init__(self, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02,
@@ -45,7 +45,7 @@ class GaussianDiffusion:
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting {weighting!r} is none of {', '.join(WEIGHTINGS)}")
         if not 0 < beta_start <= beta_end < 1:
-            raise ValueError(f"beta from {beta_start} to {beta_end}: it must rise within (0, 1)")
+            raise ValueError(f"beta {beta_start} to {beta_end}: must not fall or leave (0, 1)")
         self.num_timesteps, self.prediction, self.weighting = num_timesteps, prediction, weighting
         beta = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
         self.alpha_bar = torch.cumprod(1 - beta, dim=0)

@@ -30,7 +30,7 @@ SAMPLING = dict(sampler="ddim", steps=25, eta=0.0, cfg_scale=1.6)       # sample
 
 # Measured: docs/experiments.md, "The recipe". Each value is the default of a flag.
 RECIPE = dict(
-    prediction="x0",            # the clean image, weighted as an error in v (--weighting)
+    prediction="x0",            # the clean image; its error is weighted as one in v (--weighting)
     timesteps="log-normal",     # ln(sigma / alpha) is normal: few timesteps near 0 and 999
     noise_mean=0.4,             # between SD3 (0, 1) and JiT (0.8, 0.8)
     noise_std=0.9,

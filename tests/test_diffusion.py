@@ -125,7 +125,7 @@ def test_unknown_prediction_or_weighting_is_named():
 
 @pytest.mark.parametrize("start, end", [(0, 0.5), (0.5, 1), (-0.1, 0.2), (0.3, 0.2)])
 def test_a_beta_that_is_no_share_is_refused(start, end):
-    with pytest.raises(ValueError, match="it must rise within"):
+    with pytest.raises(ValueError, match="must not fall or leave"):
         GaussianDiffusion(beta_start=start, beta_end=end)
 
 
