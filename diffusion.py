@@ -35,7 +35,7 @@ class GaussianDiffusion:
     num_timesteps, beta_start, beta_end: the schedule (DDPM section 4: 1000, 1e-4, 0.02).
     prediction, weighting: one of PREDICTIONS and of WEIGHTINGS (the paper: "eps", "plain";
     train_mnist.py: "x0", "v"). Raises ValueError for others, and for betas that fall or leave
-    (0, 1). `alpha_bar` (T,) is float64 on the CPU; `to(device)` moves the float32 tables made of it.
+    (0, 1). `alpha_bar` (T,) is float64 on the CPU; `to(device)` moves its float32 tables.
     """
 
     def __init__(self, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02,
