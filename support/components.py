@@ -28,6 +28,7 @@ A process is a class:
                                                             network's constructor
     alpha_sigma(t) -> the coefficients of x0 and eps        optional: for SAMPLERS and for
                                                             --guidance-interval
+    guided(guidance) -> guidance                            optional: what it changes in guidance
 
 SAMPLERS and GUIDANCE are further ways to sample, which are not stored in a checkpoint: a sampler
 is a function (process, predict, xT, noise, options) that yields what those of a process yield, and

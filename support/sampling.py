@@ -89,7 +89,7 @@ def resolve_sampling(checkpoint, cfg_scale: float | None = None, steps: int | No
     device = next(checkpoint.model.parameters()).device
     precision = distributed.sampling_precision(precision, device)
     return dict(sampler=sampler, steps=steps, eta=eta, options=options, precision=precision,
-                guidance=guidance,
+                guidance=getattr(process, "guided", lambda guide: guide)(guidance),
                 cfg_scale=suggested["cfg_scale"] if cfg_scale is None else cfg_scale)
 
 

@@ -11,13 +11,15 @@ from PIL import Image
 import sample
 import train_mnist
 from conftest import ROOT, tensors_equal
-from diffusion import GaussianDiffusion, classifier_free_guidance
+from diffusion import GaussianDiffusion
 from dit import MODELS, DiT
 from support import checkpoints, data, latents
 from support.cli import UserError
 from support.folders import checkpoints_in
+from support.sampling import resolve_sampling
 from support.seeds import ImageNoise
 from tools import latents as tool
+from variants.learned_variance import LearnedVariance
 
 TINY = "DiT-TestL/2"
 
@@ -178,65 +180,6 @@ def network(learn_sigma=True, **changes) -> DiT:
     return model.eval()
 
 
-def test_ddpm_on_all_timesteps_is_that_of_the_lesson():
-    diffusion = GaussianDiffusion(num_timesteps=20, beta_start=0.01, beta_end=0.3, prediction="eps")
-    model = network(learn_sigma=False)
-    predict = classifier_free_guidance(model, torch.tensor([3, 5]), 1.5)
-    noise = ImageNoise(0, 0, 2, (4, 8, 8))
-    ours = list(tool.ddpm_sample(diffusion, predict, noise("T"), noise, 20))
-    lesson = list(diffusion.ddpm_sample(predict, noise("T"), noise=noise, clip=False))
-    assert [t for t, *_ in ours] == [t for t, *_ in lesson]
-    for (_, xt, x0_hat), (_, wanted, wanted_x0) in zip(ours, lesson, strict=True):
-        torch.testing.assert_close(xt, wanted, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(x0_hat, wanted_x0, atol=1e-4, rtol=1e-4)
-
-
-def test_the_learned_variance_lies_between_the_posterior_and_beta():
-    """On respaced timesteps, against q(x_s | x_t, x0) by the product of two Gaussians."""
-    diffusion, added = GaussianDiffusion(prediction="eps"), []
-    for v in (-1.0, 1.0, 0.0):
-        def predict(xt, t, v=v):
-            return torch.cat([torch.zeros_like(xt), torch.full_like(xt, v)], dim=1)
-
-        xT = torch.zeros(1, 4, 8, 8)                    # with eps = 0 the mean stays 0
-        first = next(tool.ddpm_sample(diffusion, predict, xT, lambda t: torch.ones(1, 4, 8, 8), 10))
-        added.append(first[1].square().mean().item())
-    t, s = diffusion.ddim_timesteps(10)[:2]
-    bar_t, bar_s = diffusion.alpha_bar_at(t), diffusion.alpha_bar_at(s)
-    ratio = bar_t / bar_s                               # x_t = sqrt(ratio) x_s + sqrt(beta) noise
-    posterior = 1 / (1 / (1 - bar_s) + ratio / (1 - ratio))
-    assert added[0] == pytest.approx(posterior, rel=1e-4)
-    assert added[1] == pytest.approx(1 - ratio, rel=1e-4)
-    assert added[2] == pytest.approx((posterior * (1 - ratio)) ** 0.5, rel=1e-4)
-
-
-def test_ddpm_with_a_learned_variance_is_that_of_diffusers():
-    pytest.importorskip("diffusers", reason="needs the package diffusers")
-    from diffusers import DDPMScheduler
-    betas = dict(beta_start=0.01, beta_end=0.3)
-    scheduler = DDPMScheduler(20, **betas, variance_type="learned_range", clip_sample=False)
-    diffusion, model = GaussianDiffusion(20, **betas, prediction="eps"), network()
-    predict = tool.guided(model, torch.tensor([3, 5]), 1.5)
-    theirs = xT = torch.randn(2, 4, 8, 8)
-    rng = torch.manual_seed(1)
-    for t in range(19, -1, -1):
-        theirs = scheduler.step(predict(theirs, t).detach(), t, theirs, generator=rng).prev_sample
-    rng = torch.manual_seed(1)
-    *_, (_, ours, _) = tool.ddpm_sample(diffusion, predict, xT, lambda t: torch.randn(
-        2, 4, 8, 8, generator=rng), 20)
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-
-
-def test_guidance_leaves_the_variances_alone():
-    model, y, x = network(), torch.tensor([3, 5]), torch.randn(2, 4, 8, 8)
-    out = tool.guided(model, y, 4.0)(x, 500)
-    plain = classifier_free_guidance(model, y, 4.0)(x, 500)
-    torch.testing.assert_close(out[:, :4], plain[:, :4])
-    torch.testing.assert_close(out[:, 4:], model(x, torch.tensor([500, 500]), y)[:, 4:])
-    assert not torch.allclose(out[:, 4:], plain[:, 4:])
-    assert torch.equal(tool.guided(model, y, 1.0)(x, 500), model(x, torch.full((2,), 500), y))
-
-
 @pytest.mark.parametrize("name", ["DiT-XL/2", "DiT-B/4"])
 def test_the_sizes_of_published_weights_are_read_from_their_shapes(name, here):
     with torch.device("meta"):
@@ -261,8 +204,12 @@ def test_published_weights(published, here):
     assert torch.equal(found.model(x, t, y), network()(x, t, y))
     assert found.class_names[207] == "golden retriever" and found.diffusion.prediction == "eps"
     assert found.sampling["steps"] == 250 and found.sampling["cfg_scale"] == 4
+    assert isinstance(found.diffusion, LearnedVariance)
     torch.save(dict(ema=network().state_dict(), opt={}), here / "training.pt")
     assert tool.load(here / "training.pt", torch.device("cpu"), heads=2).step == 0
+    torch.save(network(learn_sigma=False).state_dict(), here / "plain.pt")
+    plain = tool.load(here / "plain.pt", torch.device("cpu"), heads=2)
+    assert type(plain.diffusion) is GaussianDiffusion and plain.model.out_channels == 4
 
     good = network().state_dict()
     for changes, words in [
@@ -304,11 +251,11 @@ def test_encode_train_sample(vae, pictures, here, monkeypatch, capsys):
         decoded = auto.vae.decode(wanted / 0.18215).sample.clamp(-1, 1)
     torch.testing.assert_close(auto.decode(wanted), decoded)
 
-    # train on them, sample with both samplers
+    # train on them, sample with two samplers
     monkeypatch.setitem(MODELS, TINY, dict(patch_size=2, hidden_size=16, depth=2, num_heads=2))
     assert train_mnist.main(["--dataset", "latents:train.pt", "--model", TINY, "--steps", "1",
                              "--batch-size", "4", "--out", "run"]) == 0
-    for more in ([], ["--sampler", "ddpm"]):
+    for more in ([], ["--sampler", "dpm++"]):
         assert tool.main(["sample", "run", "--labels", "cat", "1", "--vae", str(vae), "--steps",
                           "3", "--out", "x.png", "--force", *more]) == 0
     with Image.open(here / "x.png") as picture:
@@ -332,8 +279,8 @@ def test_sample_from_published_weights(vae, published, here, capsys):
 
 def test_samples_are_not_clipped(published):
     found = tool.load(published, torch.device("cpu"), heads=2)
-    for sampler, options in [("ddim", dict(steps=5)), ("ddpm", {}), ("dpm++", dict(steps=5))]:
-        how = dict(sampler=sampler, steps=5, options=options, cfg_scale=1.5)
+    for sampler in ("ddim", "ddpm", "dpm++"):
+        how = resolve_sampling(found, 1.5, 5, sampler, latents=True)
         z = next(tool.sample_latents(found, torch.tensor([0, 1]), 0, how, 2))
         assert z.shape == (2, 4, 8, 8) and z.abs().max() > 1.5
 

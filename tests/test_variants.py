@@ -1,6 +1,7 @@
 """variants/: each against the lesson, a closed form or the paper; all through the commands."""
 
 import ast
+import functools
 import math
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from dit import MODELS, Attention, DiT, DiTBlock, Mlp
 from support import checkpoints, components, data
 from support.cli import UserError
 from support.folders import checkpoints_in
+from support.sampling import resolve_sampling
 from tools import evaluate, export
 from variants import FLAGS, NETWORKS, PROCESSES, count
 from variants.adaln import AdaLNDiT
@@ -462,6 +464,59 @@ def test_at_v_minus_1_its_sampler_is_ddpms():
         visited = [t for t, *_ in LearnedVariance(**arguments).ddpm_sample(
             lambda xt, t: torch.cat([xt, xt], 1), xT, noise, steps=steps)]
         assert visited == GaussianDiffusion(**arguments).ddim_timesteps(steps)
+
+
+@pytest.mark.parametrize("v, wanted", [
+    (-1.0, lambda posterior, beta: posterior), (1.0, lambda posterior, beta: beta),
+    (0.0, lambda posterior, beta: (posterior * beta) ** 0.5)])
+def test_the_variance_of_a_long_step(v, wanted):
+    """From t to s < t - 1, against q(x_s | x_t, x0) by the product of two normal densities."""
+    process, xT = LearnedVariance(prediction="eps"), torch.zeros(1, 1, 8, 8)    # so the mean is 0
+    predict = lambda xt, t: torch.cat([torch.zeros_like(xt), torch.full_like(xt, v)], dim=1)
+    _, xt, _ = next(process.ddpm_sample(predict, xT, lambda t: torch.ones_like(xT), steps=10))
+    t, s = process.ddim_timesteps(10)[:2]
+    ratio = BAR[t] / BAR[s]                             # x_t = sqrt(ratio) x_s + sqrt(beta) noise
+    posterior = 1 / (1 / (1 - BAR[s]) + ratio / (1 - ratio))
+    assert xt.square().mean().item() == pytest.approx(wanted(posterior, 1 - ratio), rel=1e-4)
+
+
+def test_its_sampler_is_that_of_diffusers():
+    pytest.importorskip("diffusers", reason="needs the package diffusers")
+    from diffusers import DDPMScheduler
+    betas = dict(beta_start=0.01, beta_end=0.3)
+    scheduler = DDPMScheduler(20, **betas, variance_type="learned_range", clip_sample=False)
+    process = LearnedVariance(num_timesteps=20, prediction="eps", **betas)
+    model = build(DiT, learn_sigma=True).requires_grad_(False)
+    predict = process.guided(classifier_free_guidance)(model, torch.tensor([3, 4]), 1.5)
+    theirs = xT = torch.randn(2, 2, 8, 8)
+    rng = torch.manual_seed(1)
+    for t in range(19, -1, -1):
+        theirs = scheduler.step(predict(theirs, t), t, theirs, generator=rng).prev_sample
+    rng = torch.manual_seed(1)
+    *_, (_, ours, _) = process.ddpm_sample(predict, xT, lambda t: torch.randn(
+        xT.shape, generator=rng), clip=False, steps=20)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_guidance_leaves_the_variances_alone():
+    """Those of the class, whatever the guidance; the rest is that guidance's. Sampling uses it."""
+    process, model, weak = LearnedVariance(), *(build(DiT, learn_sigma=True) for _ in range(2))
+    C, y, t, x = 2, torch.tensor([3, 4]), torch.tensor([500, 500]), torch.randn(2, 2, 8, 8)
+    for guidance in (classifier_free_guidance,
+                     functools.partial(components.find_guidance("autoguidance"), weak=weak),
+                     functools.partial(components.find_guidance("interval"), process=process,
+                                       low=0.0, high=100.0)):
+        out, plain = (g(model, y, 4.0)(x, 500) for g in (process.guided(guidance), guidance))
+        torch.testing.assert_close(out[:, :C], plain[:, :C])
+        torch.testing.assert_close(out[:, C:], model(x, t, y)[:, C:])
+        assert not torch.allclose(out[:, C:], plain[:, C:])
+    for scale, labels in [(1.0, y), (0.0, torch.full_like(y, model.null_class))]:
+        out = process.guided(classifier_free_guidance)(model, y, scale)(x, 500)
+        assert torch.equal(out, model(x, t, labels))
+    sampling = dict(sampler="ddpm", steps=5, eta=0.0, cfg_scale=4.0)
+    how = resolve_sampling(sample.Checkpoint(model, process, [], sampling, 0, ROOT))
+    found = how["guidance"](model, y, 4.0)(x, 500)
+    assert torch.equal(found, process.guided(classifier_free_guidance)(model, y, 4.0)(x, 500))
 
 
 def test_bits_per_dimension_of_a_known_distribution():

@@ -19,7 +19,7 @@ import re
 import shlex
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion import GaussianDiffusion, classifier_free_guidance
 from dit import MODELS
 from sample import Checkpoint
 from support import checkpoints, components, data, distributed, latents, paths, pictures
@@ -196,7 +195,8 @@ def published(weights: dict[str, Tensor], path: Path, heads: int | None) -> dict
                  hidden_size=width, depth=depth, num_heads=heads or known.pop(),
                  mlp_ratio=inner / width, num_classes=classes,
                  learn_sigma=outputs == 2 * channels * patch**2)
-    config = dict(network="dit", model=model, process="ddpm", diffusion=dict(prediction="eps"),
+    config = dict(network="dit", model=model, diffusion=dict(prediction="eps"),
+                  process="learned-variance" if model["learn_sigma"] else "ddpm",
                   data={}, recipe={}, sampling=dict(PUBLISHED))
     return dict(format=checkpoints.FORMAT, step=0, config=config, class_names=imagenet(classes),
                 ema=weights)
@@ -215,81 +215,23 @@ def imagenet(count: int) -> list[str]:
 # ---------------------------------------------------------------- sample
 
 
-@torch.no_grad()
-def ddpm_sample(diffusion: GaussianDiffusion, predict: Callable, xT: Tensor,
-                noise: Callable[[int], Tensor], steps: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """`GaussianDiffusion.ddpm_sample` on `steps` of the timesteps, without clipping, with the
-    learned variance where the network has one.
-
-    The step from t to an earlier t_next is DDPM's for the beta that leads from alpha_bar_t_next to
-    alpha_bar_t. v, the second half of the output, interpolates between the logarithms of the
-    posterior's variance (v = -1) and of beta (v = 1): Nichol & Dhariwal, arXiv 2102.09672, eq. 15
-    and section 4.
-    """
-    xt, C, timesteps = xT, xT.shape[1], diffusion.ddim_timesteps(steps)
-    for t, t_next in zip(timesteps, timesteps[1:] + [-1], strict=True):
-        out = predict(xt, t).float()
-        x0_hat, _ = diffusion.x0_and_eps(out[:, :C], xt, t)
-        bar, bar_next = diffusion.alpha_bar_at(t), diffusion.alpha_bar_at(t_next)
-        beta = 1 - bar / bar_next
-        xt = (bar_next**0.5 * beta * x0_hat + (1 - beta) ** 0.5 * (1 - bar_next) * xt) / (1 - bar)
-        if t_next >= 0:
-            low, high = math.log(beta * (1 - bar_next) / (1 - bar)), math.log(beta)
-            v = out[:, C:] if out.shape[1] == 2 * C else torch.tensor(-1.0)
-            xt = xt + (low + (v + 1) / 2 * (high - low)).mul(0.5).exp() * noise(t)
-        yield t, xt, x0_hat
-
-
-def guided(model, y: Tensor, cfg_scale: float) -> Callable[[Tensor, int], Tensor]:
-    """`classifier_free_guidance`, with the variances of the conditional output: they are no
-    directions that could be exaggerated. (The published code guides three of the four channels.)"""
-    C, predict = model.in_channels, classifier_free_guidance(model, y, cfg_scale)
-    if model.out_channels == C or cfg_scale in (0, 1):
-        return predict
-    variances = {}
-
-    def record(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        out = model(x, t, labels)
-        variances["cond"] = out[: len(y), C:].float()
-        return out[:, :C]
-
-    record.null_class = model.null_class
-    predict = classifier_free_guidance(record, y, cfg_scale)
-    return lambda xt, t: torch.cat([predict(xt, t), variances["cond"]], dim=1)
-
-
 def sample_latents(checkpoint: Checkpoint, y: Tensor, seed: int, how: dict, batch_size: int,
-                   precision: str = "fp32", bar: tqdm | None = None) -> Iterator[Tensor]:
-    """Batches of latents for the labels y (N,), in their order: float32 (B, C, H, H)."""
-    model, diffusion = checkpoint.model, checkpoint.diffusion
+                   bar: tqdm | None = None) -> Iterator[Tensor]:
+    """`sample.sample` for latents: neither x0_hat nor the result is clipped."""
+    model = checkpoint.model
     device = next(model.parameters()).device
     shape = (model.in_channels, model.input_size, model.input_size)
-    network = distributed.under_autocast(model, device, precision)
+    sampler = components.find_sampler(checkpoint.diffusion, how["sampler"])
+    options = how["options"] | latents.unclipped(sampler)
     for start in range(0, len(y), batch_size):
         labels = y[start : start + batch_size].to(device)
         noise = ImageNoise(seed, start, start + len(labels), shape, device)
-        predict = guided(_Network(network, model), labels, how["cfg_scale"])
-        if how["sampler"] == "ddpm" and isinstance(diffusion, GaussianDiffusion):
-            steps = ddpm_sample(diffusion, predict, noise("T"), noise, how["steps"])
-        else:
-            sampler = components.find_sampler(diffusion, how["sampler"])
-            steps = sampler(predict, noise("T"), noise=noise, **how["options"],
-                            **latents.unclipped(sampler))
-        for _t, xt, _x0_hat in steps:                                       # noqa: B007
-            if bar is not None:
-                bar.update(len(labels))
+        predict = how["guidance"](model, labels, how["cfg_scale"])
+        with distributed.autocast(device, how["precision"]):
+            for _t, xt, _x0_hat in sampler(predict, noise("T"), noise=noise, **options):  # noqa: B007
+                if bar is not None:
+                    bar.update(len(labels))
         yield xt
-
-
-class _Network:
-    """A network called in another precision, with the attributes of the original."""
-
-    def __init__(self, call: Callable, model):
-        self.call, self.null_class, self.in_channels = call, model.null_class, model.in_channels
-        self.out_channels = getattr(model, "out_channels", model.in_channels)
-
-    def __call__(self, xt: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self.call(xt, t, y)
 
 
 def sample(args: Namespace) -> int:
@@ -301,7 +243,8 @@ def sample(args: Namespace) -> int:
     names, model = checkpoint.class_names, checkpoint.model
     labels = [parse_label(text, names) for text in args.labels or names[:8]]
     y = torch.tensor(labels).repeat_interleave(args.per_class)
-    how = resolve(checkpoint, args)
+    how = resolve_sampling(checkpoint, args.cfg_scale, args.steps, args.sampler, args.eta,
+                           args.precision, latents=True)
     if vae.channels != model.in_channels:
         raise UserError(f"--vae {args.vae} has {vae.channels} channels, and {checkpoint.path} "
                         f"makes latents with {model.in_channels}")
@@ -310,10 +253,9 @@ def sample(args: Namespace) -> int:
         f"{how['cfg_scale']:g}, {len(y)} images {side}x{side}, seed {args.seed}",
         f"labels: {', '.join(shorten(names[label], 40) for label in labels)}")
     images = []
-    precision = distributed.pick_precision(args.precision, device)
     with tqdm(total=len(y) * how["steps"], desc="sampling", unit="image-step", unit_scale=True,
               dynamic_ncols=True) as bar:
-        for z in sample_latents(checkpoint, y, args.seed, how, args.batch_size, precision, bar):
+        for z in sample_latents(checkpoint, y, args.seed, how, args.batch_size, bar):
             images += [data.to_uint8(vae.decode(each[None])).cpu() for each in z]
     out = args.out or next_free(paths.OUTPUT, "latents", ".png")
     columns = args.per_class if args.per_class > 1 else math.ceil(math.sqrt(len(y)))
@@ -321,22 +263,6 @@ def sample(args: Namespace) -> int:
         pictures.save_picture(out, pictures.grid(torch.cat(images), columns))
     say(f"written: {paths.short(out)}")
     return 0
-
-
-def resolve(checkpoint: Checkpoint, args: Namespace) -> dict:
-    """`resolve_sampling`, where ddpm takes any number of steps."""
-    suggested = checkpoint.sampling
-    ddpm = (args.sampler or suggested["sampler"]) == "ddpm"
-    steps = args.steps or (250 if ddpm and suggested["sampler"] != "ddpm" else suggested["steps"])
-    total = checkpoint.diffusion.num_timesteps
-    respaced = ddpm and isinstance(checkpoint.diffusion, GaussianDiffusion)
-    if respaced and steps > total:
-        if args.steps:
-            raise UserError(f"--steps {steps}: from 1 to {total} are possible")
-        steps = total
-    how = resolve_sampling(checkpoint, args.cfg_scale, None if respaced else args.steps,
-                           args.sampler, args.eta, latents=True)
-    return {**how, "steps": steps} if respaced else how
 
 
 # ---------------------------------------------------------------- the command
@@ -369,8 +295,8 @@ def parser() -> Parser:
                    "checkpoint suggests; published weights: 4)")
     s.add_argument("--sampler", metavar="NAME", help="ddim, ddpm or dpm++ (default: the "
                    "checkpoint's; published weights: ddpm)")
-    s.add_argument("--steps", type=COUNT, help="sampling steps (default: the checkpoint's; ddpm: "
-                   "250)")
+    s.add_argument("--steps", type=COUNT, help="sampling steps (default: the checkpoint's; "
+                   "published weights: 250)")
     s.add_argument("--eta", type=number(float, 0, 1), help="noise that ddim adds")
     s.add_argument("--weights", choices=("ema", "model"), default="ema",
                    help="the EMA weights or the last ones (default: ema)")

@@ -97,11 +97,32 @@ class LearnedVariance(GaussianDiffusion):
             total += self.bound_term(*model(xt, t, y).float().chunk(2, dim=1), x0, xt, t)
         return total
 
+    def guided(self, guidance: Callable) -> Callable:
+        """`guidance`, a function (model, y, cfg_scale) -> predict(xt, t), for all but v, which
+        stays that of the class: a variance is no direction to exaggerate."""
+        def guide(model, y: Tensor, cfg_scale: float) -> Callable[[Tensor, int], Tensor]:
+            latest = []
+
+            def recorded(*inputs: Tensor) -> Tensor:
+                latest[:] = [model(*inputs)]        # the class's, or the class's before "no class"
+                return latest[0]
+
+            recorded.null_class = model.null_class
+            predict = guidance(recorded, y, cfg_scale)
+
+            def predict_both(xt: Tensor, t: int) -> Tensor:
+                out, C = predict(xt, t).float(), xt.shape[1]
+                return torch.cat([out[:, :C], latest[0][: len(xt), C:].float()], dim=1)
+
+            return predict_both
+
+        return guide
+
     @torch.no_grad()
     def ddpm_sample(self, predict: Callable, xT: Tensor, noise: Callable | None = None,
                     clip: bool = True, steps: int = 250) -> Iterator[tuple[int, Tensor, Tensor]]:
         """`GaussianDiffusion.ddpm_sample` with the learned variances, over `steps` of the
-        timesteps. Guidance extrapolates v as it does the rest of the output; v stays in [-1, 1]."""
+        timesteps."""
         noise = noise or (lambda t: torch.randn_like(xT))
         xt, timesteps = xT, self.ddim_timesteps(steps)
         for t, t_next in zip(timesteps, timesteps[1:] + [-1], strict=True):
@@ -112,6 +133,6 @@ class LearnedVariance(GaussianDiffusion):
             x0_share, xt_share, variance, beta = (x.item() for x in posterior(*bars))
             xt = x0_share * x0_hat + xt_share * xt
             if t_next >= 0:
-                log_variance = interpolate(v.clamp(-1, 1), math.log(variance), math.log(beta))
+                log_variance = interpolate(v, math.log(variance), math.log(beta))
                 xt = xt + (log_variance / 2).exp() * noise(t)
             yield t, xt, x0_hat
