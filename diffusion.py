@@ -3,21 +3,22 @@
 Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models" (DDPM), arXiv 2006.11239.
 
     forward    xt = alpha x0 + sigma eps                             DDPM eq. 4    q_sample
-    learn      || target - model(xt, t, y) ||^2                      DDPM eq. 14   loss
+    learn      weight(t) || target - model(xt, t, y) ||^2            DDPM eq. 14   loss
     denoise    x0_hat = (xt - sigma eps_hat) / alpha, if the         DDPM eq. 15   x0_and_eps
                output is eps_hat; its form for v and x0 otherwise
-    step back  q(x_{t-1} | xt, x0) = N(mean, variance)               DDPM eq. 6-7  q_posterior
-    guide      out_uncond + cfg_scale (out_cond - out_uncond)        2207.12598    classifier_free_
-                                                                                   guidance
-x0 is a clean image in [-1, 1], eps standard normal noise, xt the mixture of both; `_hat` marks the
-network's estimates. beta_t is the variance of the noise added at step t; alpha_bar_t, the product
-of (1 - beta) over all steps up to t, is the share of the image's variance that is left. Two
-abbreviations, after Salimans & Ho: alpha = sqrt(alpha_bar) and sigma = sqrt(1 - alpha_bar), so
-alpha^2 + sigma^2 = 1. (DDPM's own alpha_t is 1 - beta_t; it does not occur here.)
+    step back  x_s = alpha_s x0_hat + sigma_s eps_hat, any s < t     DDIM eq. 12   ddim_sample
+               or q(x_{t-1} | xt, x0) = N(mean, variance)            DDPM eq. 6-7  q_posterior
+    guide      uncond + cfg_scale (cond - uncond)           2207.12598  classifier_free_guidance
 
-Timesteps are t = 0..999, the paper's 1..1000 less one: t = 0 is the least noisy image, x_{-1} is
-x0 itself, and the step from t = 0 adds no noise. `python diffusion.py` checks q_sample, target,
-x0_and_eps, loss and DDIM.
+x0 is a clean image in [-1, 1], eps standard normal noise, xt the mixture of both; `_hat` marks the
+network's estimates. weight(t) is 1 in DDPM. beta_t is the variance of the noise added at step t;
+alpha_bar_t, the product of (1 - beta) over all steps up to t, is the share of the image's variance
+that is left. Two abbreviations, after Salimans & Ho: alpha = sqrt(alpha_bar) and sigma = sqrt(1 -
+alpha_bar), so alpha^2 + sigma^2 = 1. (DDPM's own alpha_t is 1 - beta_t; it does not occur here.)
+
+Timesteps are t = 0..999, the paper's 1..1000 less one. So xt at t = 0 is the least noisy image, not
+x0; the step from t = 0 leads to x0 and adds no noise. `python diffusion.py` checks q_sample,
+target, x0_and_eps, loss and DDIM.
 """
 
 from collections.abc import Callable, Iterator
@@ -111,6 +112,16 @@ class GaussianDiffusion:
             return (ratio / sigma.clamp(min=0.05)).square()
         return ratio.square() * (alpha / sigma).square().clamp(max=5)   # Min-SNR-5, 2303.09556
 
+    # ------------------------------------------------------------ the timesteps of training
+
+    def t_from_uniform(self, u: Tensor) -> Tensor:
+        """Timesteps (B,) at the fractions u (B,) in [0, 1) of the way from 0 to the last."""
+        return (u * self.num_timesteps).long()
+
+    def t_from_noise_level(self, level: Tensor) -> Tensor:
+        """The timesteps (B,) whose ln(sigma / alpha) is nearest to each level (B,)."""
+        return torch.bucketize(level, self.noise_level_bounds)
+
     # ------------------------------------------------------------ the reverse process: sampling
 
     def denoise(self, predict: Callable, xt: Tensor, t: int, clip: bool = True
@@ -192,15 +203,7 @@ class GaussianDiffusion:
         spaced = torch.linspace(self.num_timesteps - 1, 0, steps, dtype=torch.float64)
         return spaced.round().long().tolist()
 
-    # ============================================================ optional from here
-
-    def t_from_uniform(self, u: Tensor) -> Tensor:
-        """Timesteps (B,) at the fractions u (B,) in [0, 1) of the way from 0 to the last."""
-        return (u * self.num_timesteps).long()
-
-    def t_from_noise_level(self, level: Tensor) -> Tensor:
-        """The timesteps (B,) whose ln(sigma / alpha) is nearest to each level (B,)."""
-        return torch.bucketize(level, self.noise_level_bounds)
+    # ------------------------------------------------------------ for logs
 
     def loss_in_eps(self, loss: Tensor, t: Tensor) -> Tensor:
         """The errors (B,) of `loss` as errors in eps, so that logs of predictions can be compared.
@@ -211,6 +214,9 @@ class GaussianDiffusion:
         alpha, sigma = self.alpha[t], self.sigma[t]
         ratio = {"eps": torch.ones_like(alpha), "v": alpha, "x0": alpha / sigma}[self.prediction]
         return loss / self.loss_weight(t) * ratio.square()
+
+
+# ---------------------------------------------------------------- guidance
 
 
 def classifier_free_guidance(model, y: Tensor, cfg_scale: float) -> Callable[[Tensor, int], Tensor]:

@@ -2,17 +2,18 @@
 
 Peebles & Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748. Given a noisy
 image, its timestep and its class, the network predicts the noise, the clean image, or a mixture
-of both (diffusion.py). `python dit.py` prints and checks these shapes for DiT-Nano/4, whose
-patches have 4 x 4 pixels:
+of both (diffusion.py). `python dit.py` prints and checks these shapes for DiT-Nano/7, whose
+patches have 7 x 7 pixels, as on a CPU:
 
     xt                         (B, 1, 28, 28)      t (B,), y (B,)
-      patchify                 (B, 49, 16)           -> embeddings -> sum:  c (B, D)
-      x_embedder + pos_embed   (B, 49, D)                                   |
-      blocks[0] ... [depth-1]  (B, 49, D)           <-- shift, scale, gate -+
-      final_layer              (B, 49, 16)          <-- shift, scale -------+
+      patchify                 (B, 16, 49)           -> embeddings -> sum:  c (B, D)
+      x_embedder + pos_embed   (B, 16, D)                                   |
+      blocks[0] ... [depth-1]  (B, 16, D)           <-- shift, scale, gate -+
+      final_layer              (B, 16, 49)          <-- shift, scale -------+
       unpatchify               (B, 1, 28, 28)
 
-Legend: B batch, C channels, H image side, P patch side, N = (H/P)^2 tokens, D width.
+Legend: B batch, C channels (C_out: of the output), H image side, p patch side,
+N = (H/p)^2 tokens, D width.
 Parameter names are those of the published code, so its weights load unchanged.
 """
 
@@ -309,25 +310,25 @@ MODELS = {
 
 
 if __name__ == "__main__":
-    model = DiT(**MODELS["DiT-Nano/4"], input_size=28, in_channels=1, num_classes=10)
+    model = DiT(**MODELS["DiT-Nano/7"], input_size=28, in_channels=1, num_classes=10)
     xt = torch.randn(2, 1, 28, 28)
     t, y = torch.tensor([0, 999]), torch.tensor([3, model.null_class])
-    tokens = patchify(xt, 4)
+    tokens = patchify(xt, 7)
     x = model.x_embedder(tokens) + model.pos_embed
     c = model.condition(t, y)
     out = model(xt, t, y)
     for name, value, shape in [
         ("xt", xt, (2, 1, 28, 28)),
-        ("patchify", tokens, (2, 49, 16)),
-        ("embedded", x, (2, 49, 128)),
+        ("patchify", tokens, (2, 16, 49)),
+        ("embedded", x, (2, 16, 128)),
         ("c", c, (2, 128)),
-        ("block", model.blocks[0](x, c), (2, 49, 128)),
-        ("final_layer", model.final_layer(x, c), (2, 49, 16)),
+        ("block", model.blocks[0](x, c), (2, 16, 128)),
+        ("final_layer", model.final_layer(x, c), (2, 16, 49)),
         ("output", out, (2, 1, 28, 28)),
     ]:
         assert value.shape == shape, (name, value.shape)
         print(f"{name:12} {tuple(value.shape)}")
-    assert torch.equal(unpatchify(tokens, 4, 1), xt), "unpatchify must invert patchify"
+    assert torch.equal(unpatchify(tokens, 7, 1), xt), "unpatchify must invert patchify"
     assert torch.equal(model.blocks[0](x, c), x), "a fresh block is the identity"
     assert not out.any(), "a fresh model outputs zeros"
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")

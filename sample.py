@@ -87,10 +87,11 @@ def sample(checkpoint: Checkpoint, y: Tensor, seed: int, how: dict, batch_size: 
            first: int = 0, watch=None, bar=None) -> Iterator[Tensor]:
     """Batches of images for the labels y (N,), in their order: float32 (B, C, H, H) in [-1, 1].
 
-    how: the dict that `resolve_sampling` returns. Image i has the noise
-    of image first + i of `seed`, whatever the batch size. After each step `watch(t, xt, x0_hat,
-    xt_next)` gets the network's input, its estimate of x0, and the result of the step; `bar` (a
-    tqdm) counts images x steps.
+    how: the dict that `resolve_sampling` returns: the name of the sampler and its options, the
+    function of guidance and its cfg_scale, the precision. Image i has the noise of image first + i
+    of `seed`, whatever the batch size. After each step `watch(t, xt, x0_hat, xt_next)` gets the
+    network's input, its estimate of x0, and the result of the step; `bar` (a tqdm) counts images x
+    steps.
     """
     model, diffusion = checkpoint.model, checkpoint.diffusion
     shape = (model.in_channels, model.input_size, model.input_size)

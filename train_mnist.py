@@ -57,20 +57,20 @@ PRESETS = {
 
 
 def train(batches: Batches, state: TrainingState, diffusion: GaussianDiffusion, run: Run) -> None:
-    """The training loop. B is the batch size (of this process, where several share a run)."""
+    """The training loop. B is the batch size (of this rank, under torchrun)."""
     args, draw_t = run.args, TIMESTEPS[run.args.timesteps]
     for step in run.steps():
-        rng = run.random(step)
+        rng = run.random(step)                  # .uniform(): (B,); .normal(*shape): (B, *shape)
         x0, y = batches(step)                                   # (B, C, H, H) in [-1, 1]; (B,)
         dropped = rng.uniform() < args.label_dropout
         y = torch.where(dropped, state.model.null_class, y)     # "no class": for guidance
         t = draw_t(diffusion, rng, args)                        # (B,)
         eps = rng.normal(*x0.shape[1:])                         # (B, C, H, H)
 
-        # diffusion.loss(model, x0, t, y, eps), (B,), and the gradient of its mean
+        # loss = diffusion.loss(model, x0, t, y, eps), (B,); loss.mean().backward()
         loss = state.backward(x0, t, y, eps)
         lr_factor = schedule(step, args.steps, args.warmup, args.decay)
-        grad_norm = state.update(lr_factor, args.clip)          # an optimizer step
+        grad_norm = state.update(lr_factor, args.clip)          # clipped; an optimizer step
         update_ema(state.ema, state.model, min(args.ema_decay, (1 + step) / (10 + step)))
 
         run.log(loss=loss, loss_eps=diffusion.loss_in_eps(loss, t), grad_norm=grad_norm,

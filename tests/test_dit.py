@@ -332,8 +332,8 @@ def test_registry_names_the_papers_models_and_small_ones():
 
 def test_running_the_file_prints_the_table_of_its_docstring(capsys):
     runpy.run_path(str(ROOT / "dit.py"), run_name="__main__")
-    shapes = ["(2, 1, 28, 28)", "(2, 49, 16)", "(2, 49, 128)", "(2, 128)", "(2, 49, 128)",
-              "(2, 49, 16)", "(2, 1, 28, 28)"]
+    shapes = ["(2, 1, 28, 28)", "(2, 16, 49)", "(2, 16, 128)", "(2, 128)", "(2, 16, 128)",
+              "(2, 16, 49)", "(2, 1, 28, 28)"]
     lines = capsys.readouterr().out.splitlines()
     assert [line[line.index("("):] for line in lines[: len(shapes)]] == shapes
-    assert "1,275,408 parameters" in lines[-1]
+    assert "1,283,889 parameters" in lines[-1]
