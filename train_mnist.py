@@ -121,8 +121,8 @@ def main(argv: list[str] | None = None) -> int:
 
     images = run.load_images()                                  # (N, C, H, H), uint8, and labels
     network, model_args = components.network_for(args, dict(    # DiT
-        MODELS[args.model], input_size=images.images.shape[-1],
-        in_channels=images.images.shape[1], num_classes=len(images.class_names)))
+        MODELS[args.model], input_size=images.size, in_channels=images.channels,
+        num_classes=len(images.class_names)))
     process, diffusion_args = components.process_for(args, DIFFUSION)       # GaussianDiffusion
 
     model = run.build(network, args.model, model_args)          # on the device, weights from --seed

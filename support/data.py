@@ -48,6 +48,14 @@ class ImageSet:
     class_names: list[str]
     name: str
 
+    @property
+    def size(self) -> int:
+        return self.images.shape[-1]
+
+    @property
+    def channels(self) -> int:
+        return self.images.shape[1]
+
     def digest(self) -> str:
         """A short hash of all pixels, labels and class names, which identifies the data."""
         digest = hashlib.sha256(str((tuple(self.images.shape), self.class_names)).encode())
@@ -157,7 +165,7 @@ def load(spec: str, data_dir: str | Path | None = None, image_size: int | None =
         found = draw_glyphs(20_000 if split == "train" else 2_000, seed=mix_seed(seed, split))
     else:
         found = load_torchvision(spec, root, split)
-    if image_size and image_size != found.images.shape[-1]:
+    if image_size and image_size != found.size:
         _check_memory(*found.images.shape[:2], image_size)
         found.images = torch.cat([
             F.interpolate(part.float(), (image_size, image_size), mode="bilinear", antialias=True)

@@ -103,8 +103,8 @@ class Run:
         distributed.barrier()
         images = found or load(args.dataset)
         self.about_data = dict(
-            dataset=images.name, images=len(images.images), image_size=images.images.shape[-1],
-            channels=images.images.shape[1], digest=images.digest())
+            dataset=images.name, images=len(images.images), image_size=images.size,
+            channels=images.channels, digest=images.digest())
         if self.resumed:
             recorded = {**self.resumed["config"]["data"], "dataset": images.name}
             if recorded != self.about_data:

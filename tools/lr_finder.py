@@ -97,8 +97,8 @@ def sweep(args: Namespace, device: torch.device, images: data.ImageSet, which: s
     """Train a new network with the rates, from the first on, until the loss diverges."""
     args = Namespace(**{**vars(args), "steps": len(rates), "warmup": 0, "decay": 0.0})
     network, sizes = components.network_for(args, dict(
-        MODELS[args.model], input_size=images.images.shape[-1],
-        in_channels=images.images.shape[1], num_classes=len(images.class_names)))
+        MODELS[args.model], input_size=images.size, in_channels=images.channels,
+        num_classes=len(images.class_names)))
     process, arguments = components.process_for(args, train_mnist.DIFFUSION)
     torch.manual_seed(mix_seed(args.seed, "init"))
     try:
