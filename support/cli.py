@@ -133,7 +133,9 @@ def number(kind: type, low: float, high: float | None = None, open_high: bool = 
     if high is None:
         high = 10**9 if kind is int else float("inf")
     wanted = f"{'an integer' if kind is int else 'a number'} of at least {low:g}"
-    if high != float("inf"):
+    if high == float("inf"):
+        wanted = wanted.replace("a number", "a finite number")
+    else:
         wanted += f" and {'below' if open_high else 'at most'} {high:,}"
 
     def parse(text: str) -> int | float:

@@ -27,7 +27,8 @@ A process is a class:
     network_arguments                                       optional: a dict of what it asks of the
                                                             network's constructor
     alpha_sigma(t) -> the coefficients of x0 and eps        optional: for SAMPLERS and for
-                                                            --guidance-interval
+                                                            --guidance-interval; with
+    target(x0, eps, t) -> the right output                  for tools.edit inpaint
     guided(guidance) -> guidance                            optional: what it changes in guidance
 
 SAMPLERS and GUIDANCE are further ways to sample, which are not stored in a checkpoint: a sampler

@@ -109,6 +109,10 @@ def settings_from(args, checkpoint) -> list[dict]:
         if not hasattr(checkpoint.diffusion, "alpha_sigma"):
             raise UserError("--guidance-interval does not apply to this process: it has no "
                             "alpha_sigma")
+        alpha, sigma = checkpoint.diffusion.alpha_sigma(checkpoint.diffusion.num_timesteps - 1)
+        if low >= (most := (sigma / alpha).item()):
+            raise UserError(f"--guidance-interval {low:g} {high:g} holds no timestep of this "
+                            f"process: sigma / alpha is at most {most:.0f}")
         guidance = functools.partial(components.find_guidance("interval"), guide=guidance,
                                      process=checkpoint.diffusion, low=low, high=high)
     return [resolve_sampling(checkpoint, scale, args.steps, args.sampler, args.eta, args.precision,
@@ -118,8 +122,12 @@ def settings_from(args, checkpoint) -> list[dict]:
 def weaker_model(name: str, checkpoint, device: torch.device) -> torch.nn.Module:
     """The model of --autoguidance: a checkpoint that differs from `checkpoint` in its network and
     weights alone. Raises UserError naming what else differs."""
-    path = find_checkpoint(name)
-    weak, own = checkpoints.load(path), checkpoints.load(checkpoint.path)
+    try:
+        path = find_checkpoint(name)
+        weak = checkpoints.load(path)
+    except UserError as error:
+        raise UserError(f"--autoguidance {shorten(name)!r}: {error}") from None
+    own = checkpoints.load(checkpoint.path)
 
     def same(state: dict) -> dict:
         config = state["config"]
@@ -254,6 +262,8 @@ def check_flags(args) -> None:
         if args.random_labels and getattr(args, flag):
             raise UserError(f"--random-labels and --{flag.replace('_', '-')} contradict each "
                             f"other: leave one out")
+    if args.scale and arrays and not (args.out or args.gif or args.trajectory):
+        raise UserError("--scale is for pictures: those of --npz and --png-dir keep their size")
     seen: dict[str, str] = {}
     for flag, suffix in [("out", ".png"), ("gif", ".gif"), ("trajectory", ".png"), ("npz", ".npz")]:
         if (target := getattr(args, flag)) is not None:
@@ -298,7 +308,9 @@ def targets(args, count: int) -> dict[str, Path]:
     if count > MAX_SHOWN and (args.out or args.gif or not arrays):
         raise UserError(f"{count:,} images are too many for one picture (at most {MAX_SHOWN:,}): "
                         f"--npz FILE.npz or --png-dir DIR takes them")
-    out = args.out or (None if arrays else next_free(paths.OUTPUT, "samples", ".png"))
+    out = args.out
+    if out is None and not arrays:
+        check_target(out := next_free(paths.OUTPUT, "samples", ".png"), False, ".png")
     found = dict(out=out, gif=args.gif, trajectory=args.trajectory, npz=args.npz,
                  png_dir=args.png_dir)
     return {flag: path for flag, path in found.items() if path is not None}
@@ -325,7 +337,7 @@ def write_all(outputs: dict[str, Path], grids: list[Tensor], scales: list[float]
         "gif": lambda path: atomic_write(path, lambda file: file.write(pictures.animation(
             [pictures.grid(images, columns, scale=scale) for images in recorder.frames()]))),
         "trajectory": lambda path: pictures.save_picture(
-            path, pictures.trajectory_strip(recorder.trajectory)),
+            path, pictures.trajectory_strip(recorder.trajectory, scale=scale)),
         "npz": lambda path: atomic_write(path, lambda file: np.savez(
             file, grids[0].permute(0, 2, 3, 1).numpy(), y.numpy())),
         "png_dir": lambda path: save_pngs(path, grids[0], y, class_names),

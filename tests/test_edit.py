@@ -247,6 +247,7 @@ BOX = ["--rectangle", "0", "0", "9", "9"]
     (["noises", "--label", "eleven"], ["'eleven' is not a class"]),
     (["noises", "--label", "3", "--frames", "2"], ["--frames", "at least 3"]),
     (["labels", "--labels", "3"], ["--labels", "2 arguments"]),
+    (["labels", "--labels", "3", "three"], ["--labels 3 three", "two different classes"]),
     (["labels", "--labels", "3", "x"], ["'x' is not a class"]),
     (["labels", "--labels", "3", "8", "--autoguidance", "run"], ["no classes in between"]),
     (["labels", "--labels", "3", "8", "--out", "a.jpg"], ["a.jpg", ".png"]),

@@ -582,6 +582,7 @@ def test_wrong_files(world, tmp_path):
     says("unrecognized arguments: --image", good, "--image", "5")
     says("has no labels, which --train-on-samples needs", good, *of(world), "--train-on-samples")
     says("--cfg-scale is for a checkpoint", good, *of(world), "--cfg-scale", "2")
+    says("--precision is for a checkpoint", good, *of(world), "--precision", "fp32")
     says("--batch-size is for a checkpoint", good, *of(world), "--batch-size", "2")
     (tmp_path / "output/001-run").mkdir(parents=True)
     (tmp_path / "output/001-run/step_0000001.pt").touch()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from conftest import load
 from diffusion import GaussianDiffusion, classifier_free_guidance
-from support import checkpoints, distributed
+from support import checkpoints, distributed, latents
 from support.cli import UserError
 from support.data import to_uint8
 from support.seeds import ImageNoise
@@ -317,6 +317,24 @@ def test_an_existing_file_is_kept_without_force(train):
     assert run("forward", *GLYPHS, "--times", 5, "--out", "a.png", "--force") == 0
     assert Image.open("a.png").format == "PNG"
     assert "must be a file name that ends in .png" in refused("forward", *GLYPHS, "--out", "a.jpg")
+
+
+def test_latents_are_not_drawn(here):
+    torch.save(dict(format=latents.FORMAT, latents=torch.randn(240, 4, 8, 8).half(),
+                    labels=torch.arange(240) % 2, class_names=["a", "b"], about={}), "l.pt")
+    says = refused("forward", "--dataset", "latents:l.pt", "--images", 2)
+    assert "4 channels cannot be drawn" in says
+
+
+@pytest.mark.parametrize("changes", [dict(steps=float("inf")), dict(guidance_interval=[1.0]), "["])
+def test_a_damaged_line_of_evaluations(here, changes):
+    mean = dict.fromkeys(("accuracy", "frechet", "precision", "recall"), 0.5)
+    rows = {k: dict(images=9, mean=mean, std=None) for k in ("samples", "test")}
+    line = dict(rows=rows, sampler="ddim", eta=0.0, images_from="run", weights="ema", steps=5,
+                cfg_scale=1.0, seeds=[0], data_digest="ab")
+    damaged = 100_000 * changes if isinstance(changes, str) else json.dumps(line | changes)
+    Path("e.jsonl").write_text(json.dumps(line) + "\n" + damaged)
+    assert "e.jsonl, line 2 is no line of tools.evaluate" in refused("sweep", "e.jsonl")
 
 
 def test_mistakes_are_one_line(pair, train):

@@ -165,6 +165,12 @@ def test_no_folder_is_overwritten_or_left_half_written(make, here, monkeypatch):
     assert not (out / "model.safetensors").exists() and (out / "load.py").exists()
     (out / "notes.txt").write_text("mine")
     assert "notes.txt" in refused(path, "--to", "safetensors", out, "--force")
+    mine = here / "mine"                                        # names of an export, but none
+    mine.mkdir()
+    (mine / "README.md").write_text("hi")
+    assert "README.md" in refused(path, "--to", "safetensors", mine, "--force")
+    assert (mine / "README.md").read_text() == "hi"
+    assert "the checkpoint itself" in refused(path, path, "--force")
     assert "is a file" in refused(path, "--to", "safetensors", path, "--force")
     assert "--report" in refused(path, here / "x.pt", "--report", "r.json")
     assert ".pt" in refused(path, here / "x")
@@ -174,7 +180,7 @@ def test_no_folder_is_overwritten_or_left_half_written(make, here, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: replace(a, b) if "new" not in str(b) else
                         (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert "No space left" in refused(path, "--to", "safetensors", here / "new")
-    assert sorted(p.name for p in here.iterdir()) == ["c.pt", "out"]
+    assert sorted(p.name for p in here.iterdir()) == ["c.pt", "mine", "out"]
 
 
 # ---------------------------------------------------------------- the model card
@@ -189,15 +195,21 @@ def report(step: int = 7, accuracy: float = 0.5, **more) -> dict:
 def test_the_card_has_the_measured_row(make, here):
     path, out = make(), here / "out"
     lines = [json.dumps(report(accuracy=0.4)), json.dumps(report()), json.dumps(report(step=6)),
-             json.dumps(report(weights="model", accuracy=0.3)), "{half", json.dumps({"step": 7})]
+             json.dumps(report(weights="model", accuracy=0.3)), "{half", json.dumps({"step": 7}),
+             json.dumps(report(accuracy=0.2, autoguidance="weak.pt"))]
     (here / "evaluations.jsonl").write_text("\n".join(lines))
     run(path, "--to", "safetensors", out)
     card = (out / "README.md").read_text()
     assert "| samples | 50.00% | 2.50 | 0.250 | 0.750 |" in card and "1,000 samples" in card
     assert "real: test set" in card and "a, b, c" in card       # no | or ` from a file
-    (here / "r.json").write_text(json.dumps(report(accuracy=0.9)))
+    assert "1,000 samples, ddim, 50 steps, guidance 1.5, against real images" in card
+    (here / "r.json").write_text(json.dumps(report(
+        accuracy=0.9, autoguidance="weak.pt", guidance_interval=[1, 2.5], eta=0.5, steps=1,
+        dataset="mnist")))
     run(path, "--to", "diffusers", out, "--force", "--report", here / "r.json")
-    assert "90.00%" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "90.00%" in card and ("ddim (eta 0.5), 1 step, guidance 1.5, for sigma / alpha in (1, "
+                                 "2.5 , autoguidance by weak.pt, against mnist") in card
 
     for text, words in [("{}", "not a report"), ("[]", "not a report"), ("x", "not a report"),
                         (json.dumps(report(step=9)), "step 9"),

@@ -69,7 +69,7 @@ def test_no_path_is_changed_to_import(path):
                                   and "__main__" in (ROOT / p).read_text()], ids=str)
 def test_a_command_run_as_a_file_says_how_to_run_it(path):
     done = subprocess.run([sys.executable, path], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode and not done.stdout
+    assert done.returncode == 2 and not done.stdout
     assert done.stderr == f"error: run this file as a module: python -m {path.parent}.{path.stem}\n"
 
 

@@ -335,6 +335,21 @@ def test_a_strip_shows_xt_over_x0_hat_of_the_first_image(lively):
     assert np.abs(np.asarray(strip).astype(int) - np.asarray(expected)).max() <= 1
 
 
+def test_scale_is_that_of_every_picture(checkpoint):
+    for scale in (1, 3):
+        run(checkpoint, "--labels", 3, "--steps", 2, "--scale", scale, "--out", f"o{scale}.png",
+            "--gif", f"g{scale}.gif", "--trajectory", f"t{scale}.png")
+    for small, large in [("o1.png", "o3.png"), ("g1.gif", "g3.gif"), ("t1.png", "t3.png")]:
+        assert Image.open(small).height < Image.open(large).height
+
+
+def test_a_default_name_that_cannot_be_written_is_refused_before_the_work(checkpoint, monkeypatch):
+    Path("output").write_text("a file")
+    monkeypatch.setattr(sample, "sample", lambda *_, **__: pytest.fail("sampled"))
+    with pytest.raises(UserError, match="samples-001.png cannot be written"):
+        run(checkpoint, "--labels", 3, "--steps", 1)
+
+
 def test_default_names_are_numbered_and_nothing_is_overwritten(checkpoint):
     for _ in range(2):
         run(checkpoint, "--steps", 1)
@@ -386,6 +401,7 @@ def test_default_names_are_numbered_and_nothing_is_overwritten(checkpoint):
     (["--png-dir", "new", "--cfg-scale", "1", "2"], ["--png-dir take one --cfg-scale"]),
     (["--batch-size", "1000000000"], ["--batch-size", "at most 65,536"]),
     (["--out", "s.png", "--trajectory", "./s.png"], ["--out and --trajectory", "s.png"]),
+    (["--npz", "n.npz", "--scale", "2"], ["--scale is for pictures"]),
     (["--out", ""], [".png"]),
     (["--npz", "x/"], [".npz"]),
     (["--out", "x" * 300 + ".png"], ["255 bytes"]),

@@ -273,7 +273,7 @@ def test_the_flags_of_guidance(lively, capsys):
     everywhere = arrays(*base, "--cfg-scale", 4, "--guidance-interval", 0, 1e6)
     assert np.array_equal(everywhere, guided)
     assert "guidance 4 for sigma / alpha in (0, 1e+06]," in capsys.readouterr().out
-    assert np.array_equal(arrays(*base, "--cfg-scale", 4, "--guidance-interval", 1e5, 1e6), plain)
+    assert np.array_equal(arrays(*base, "--cfg-scale", 4, "--guidance-interval", 156, 157), plain)
     some = arrays(*base, "--cfg-scale", 4, "--guidance-interval", 0.3, 3)
     assert len({a.tobytes() for a in (plain, guided, some)}) == 3
 
@@ -295,8 +295,11 @@ def test_the_flags_of_guidance(lively, capsys):
     (["--guidance-interval", "2", "1"], ["--guidance-interval 2 1", "the smaller"]),
     (["--guidance-interval", "1", "1"], ["the smaller"]),
     (["--guidance-interval", "-1", "1"], ["--guidance-interval", "at least 0"]),
-    (["--guidance-interval", "0", "all"], ["all is not a number"]),
-    (["--autoguidance", "none.pt"], ["none.pt does not exist"]),
+    (["--guidance-interval", "0", "all"], ["all is not a finite number"]),
+    (["--guidance-interval", "1", "inf"], ["inf is not a finite number"]),
+    (["--guidance-interval", "158", "300"], ["158 300 holds no timestep", "at most 157"]),
+    (["--autoguidance", ""], ["--autoguidance ''"]),
+    (["--autoguidance", "none.pt"], ["--autoguidance 'none.pt'", "does not exist"]),
     (["--autoguidance", "empty"], ["empty holds no checkpoint"]),
 ])
 def test_mistakes_in_the_flags_of_guidance(checkpoint, flags, words):

@@ -162,6 +162,9 @@ def test_the_newest_run_is_drawn_where_none_is_named(train, drawn):
     Path("empty").mkdir()
     assert "empty has no metrics.jsonl" in refused(figures.main, "loss", "empty")
     assert "nothing has no metrics.jsonl" in refused(figures.main, "loss", "nothing")
+    Path("fresh").mkdir()
+    Path("fresh/metrics.jsonl").touch()
+    assert "metrics.jsonl holds no step yet" in refused(figures.main, "loss", "fresh")
     assert "empty has no samples/" in refused(figures.main, "training", "empty")
 
 
@@ -447,6 +450,7 @@ def test_a_sweep_stops_at_divergence_and_suggests_a_rate_below(sweeps, monkeypat
     out = capsys.readouterr().out
     assert f"divergence at {sweep.rates[tried - 1]:.2g}\n" in out
     assert f"suggested: --{name} {suggested:.2g} (the recipe: " in out
+    assert ("try a lower --low" in out) == (lowest < 10 * low)
 
 
 def test_a_sweep_is_training_and_touches_no_run(sweeps, trained, capsys):

@@ -354,6 +354,7 @@ def test_the_documented_table_is_what_the_command_prints(capsys):
         count.main(["--image-size", "30"])
     with pytest.raises(UserError, match="image size 31 .*: choose another --image-size$"):
         count.main(["--image-size", "31"])
+    assert not capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- learned variance
@@ -502,7 +503,16 @@ def test_guidance_leaves_the_variances_alone():
     """Those of the class, whatever the guidance; the rest is that guidance's. Sampling uses it."""
     process, model, weak = LearnedVariance(), *(build(DiT, learn_sigma=True) for _ in range(2))
     C, y, t, x = 2, torch.tensor([3, 4]), torch.tensor([500, 500]), torch.randn(2, 2, 8, 8)
-    for guidance in (classifier_free_guidance,
+
+    def in_two_calls(model, y, cfg_scale):
+        null = torch.full_like(y, model.null_class)
+        return lambda xt, i: (1 - cfg_scale) * model(xt, t, null) + cfg_scale * model(xt, t, y)
+
+    def the_other_way_round(model, y, cfg_scale):
+        null = torch.full_like(y, model.null_class)
+        return lambda xt, i: cfg_scale * model(xt, t, y) + (1 - cfg_scale) * model(xt, t, null)
+
+    for guidance in (classifier_free_guidance, in_two_calls, the_other_way_round,
                      functools.partial(components.find_guidance("autoguidance"), weak=weak),
                      functools.partial(components.find_guidance("interval"), process=process,
                                        low=0.0, high=100.0)):

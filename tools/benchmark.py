@@ -13,15 +13,17 @@ train_mnist.py on glyphs. MFU (model flops utilisation): flops per second of the
 and backward over those of a large matrix product in the same precision.
 """
 
+import sys
+
 if not __package__:
-    raise SystemExit("error: run this file as a module: python -m tools.benchmark")
+    print("error: run this file as a module: python -m tools.benchmark", file=sys.stderr)
+    sys.exit(2)
 
 import support.threads  # noqa: F401  (before torch)
 
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from argparse import Namespace

@@ -11,8 +11,11 @@ on white, the shorter side resized to the model's and the longer one cropped at 
 by luma where the model is grey. Digits of MNIST are bright on black: --invert for ink on paper.
 """
 
+import sys
+
 if not __package__:
-    raise SystemExit("error: run this file as a module: python -m tools.edit")
+    print("error: run this file as a module: python -m tools.edit", file=sys.stderr)
+    sys.exit(2)
 
 import functools
 from argparse import Namespace
@@ -149,6 +152,8 @@ def labels(args: Namespace, checkpoint: Checkpoint, how: dict) -> tuple[Tensor, 
                       nn.Embedding):
         raise UserError("this network has no y_embedder.embedding_table to mix labels in")
     first, last = (table.weight[parse_label(text, checkpoint.class_names)] for text in args.labels)
+    if torch.equal(first, last):
+        raise UserError(f"--labels {' '.join(args.labels)}: two different classes are needed")
     weights = torch.linspace(0, 1, args.frames, device=first.device).view(-1, 1)
     rows = torch.cat([table.weight, torch.lerp(first, last, weights)]).detach()
     model.y_embedder.embedding_table = nn.Embedding.from_pretrained(rows)

@@ -14,8 +14,11 @@ unweighted distance too. Grain, of grey images, is the share of pixels from 8 to
 noise that the classifier cannot detect.
 """
 
+import sys
+
 if not __package__:
-    raise SystemExit("error: run this file as a module: python -m tools.evaluate")
+    print("error: run this file as a module: python -m tools.evaluate", file=sys.stderr)
+    sys.exit(2)
 
 import hashlib
 import json
@@ -47,7 +50,7 @@ MAX_NEIGHBOURS = 10_000         # images on each side of precision and recall
 MAX_NEAREST = 2_000             # images whose nearest training image is searched
 MAX_BYTES = 4 * 2**30           # in an .npz
 SAMPLING = ("cfg_scale", "guidance_interval", "autoguidance", "sampler", "steps", "eta", "weights",
-            "seeds", "batch_size")
+            "seeds", "batch_size", "precision")
 ROWS = {"samples": "samples", "test": "real: test set", "train": "real: part of training set"}
 
 # ---------------------------------------------------------------- images and their features
@@ -381,7 +384,7 @@ def from_checkpoint(args: Namespace, path: Path, state: dict, device: torch.devi
     about = dict(step=state["step"], weights=args.weights, sampler=how["sampler"],
                  steps=how["steps"], eta=how["eta"], cfg_scale=how["cfg_scale"],
                  guidance_interval=args.guidance_interval, autoguidance=args.autoguidance,
-                 seeds=seeds)
+                 precision=how["precision"], seeds=seeds)
 
     def make() -> tuple[list[Tensor], np.ndarray]:
         start = time.perf_counter()

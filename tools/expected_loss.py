@@ -6,8 +6,11 @@
 network, process, objective and batch size.
 """
 
+import sys
+
 if not __package__:
-    raise SystemExit("error: run this file as a module: python -m tools.expected_loss")
+    print("error: run this file as a module: python -m tools.expected_loss", file=sys.stderr)
+    sys.exit(2)
 
 import json
 from pathlib import Path

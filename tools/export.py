@@ -7,8 +7,11 @@
 sample.py and the other commands read the first two. docs/interchange.md describes the folders.
 """
 
+import sys
+
 if not __package__:
-    raise SystemExit("error: run this file as a module: python -m tools.export")
+    print("error: run this file as a module: python -m tools.export", file=sys.stderr)
+    sys.exit(2)
 
 from pathlib import Path
 
@@ -27,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
         interchange.check_folder(args.out, args.force)
     path = find_checkpoint(args.checkpoint)
+    if args.out.exists() and path.samefile(args.out):
+        raise UserError(f"{args.out} is the checkpoint itself: name another file")
     state = checkpoints.load(path)
     if args.cfg_scale is not None:
         state["config"]["sampling"]["cfg_scale"] = args.cfg_scale

@@ -17,8 +17,11 @@ Each writes --out FILE.png, or a new numbered file under output/. `error`, `swee
 `densities` and `loss` need matplotlib.
 """
 
+import sys
+
 if not __package__:
-    raise SystemExit("error: run this file as a module: python -m tools.figures")
+    print("error: run this file as a module: python -m tools.figures", file=sys.stderr)
+    sys.exit(2)
 
 import json
 import math
@@ -37,7 +40,7 @@ from support import checkpoints, distributed, paths
 from support.cli import (
     BATCH, COUNT, SCALE, SEED, Parser, UserError, atomic_write, check_target, io_errors, next_free,
     number, run_command, say)
-from support.curves import draw_losses
+from support.curves import draw_losses, read_metrics
 from support.data import to_uint8
 from support.folders import find_checkpoint, newest_run
 from support.pictures import animation, titled
@@ -62,6 +65,15 @@ def load_images(args: Namespace, state: dict | None, device: torch.device
         raise UserError(f"--images {args.images}: the test set of {test.name} has {count}")
     order = evaluate.class_balanced_order(count, test.labels.numpy(), args.seed, "figure")
     return test.batch(torch.from_numpy(order[: args.images]), device)
+
+
+def load_pictures(args: Namespace, state: dict | None, device: torch.device
+                  ) -> tuple[Tensor, Tensor]:
+    """`load_images`, to be drawn. Raises UserError for latents."""
+    x0, y = load_images(args, state, device)
+    if x0.shape[1] not in (1, 3):
+        raise UserError(f"{x0.shape[1]} channels cannot be drawn: latents are no pictures")
+    return x0, y
 
 
 def noise_like(x0: Tensor, *key) -> Tensor:
@@ -144,7 +156,7 @@ def sheet(rows: list, names: list[str], heads: list[str], feet: list[str], group
 def forward(args: Namespace, device: torch.device) -> Image.Image:
     """x0 and its xt at each of --times, alpha (the share of x0) below them: DDPM eq. 4."""
     diffusion = GaussianDiffusion().to(device)
-    x0, _ = load_images(args, None, device)
+    x0, _ = load_pictures(args, None, device)
     rows = torch.stack([x0, *noised(diffusion, x0, args)], dim=1)       # (N, columns, C, H, H)
     alphas = [diffusion.alpha_bar[t].sqrt().item() for t in args.times]
     feet = [f"alpha\n{alpha:.5f}" if alpha > 0.999 else f"alpha\n{alpha:.3f}" for alpha in alphas]
@@ -158,7 +170,7 @@ def x0hat(args: Namespace, device: torch.device) -> Image.Image:
     t = 999 an error of the output is divided by 0.006 for eps, and multiplied by 1 for v."""
     state, models = load_models(args.checkpoints, device)
     process = models[0][1].diffusion
-    x0, y = load_images(args, state, device)
+    x0, y = load_pictures(args, state, device)
     xts = noised(process, x0, args)
     blocks = [torch.stack([*xts, x0], dim=1)]                   # each (N, columns, C, H, H)
     for name, m in models:
@@ -240,7 +252,7 @@ def attention(args: Namespace, device: torch.device) -> Image.Image:
     """xt with the patch of highest contrast outlined, and what it attends to in each block; a row
     for each image and t."""
     state, [(_, checkpoint)] = load_models([args.checkpoint], device)
-    x0, y = load_images(args, state, device)
+    x0, y = load_pictures(args, state, device)
     xts = noised(checkpoint.diffusion, x0, args)
     found = [attention_weights(checkpoint.model, xt, t, y)      # for each t, for each block
              for t, xt in zip(args.times, xts, strict=True)]
@@ -328,7 +340,8 @@ def read_evaluations(files: list[Path]) -> list[dict]:
                 if isinstance(result, dict) and "cfg_scale" not in result:
                     continue                        # of an .npz or a folder
                 point = point_of(result)
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, LookupError, TypeError, AttributeError, OverflowError,
+                    RecursionError):
                 raise UserError(f"{file}, line {i} is no line of tools.evaluate") from None
             found[tuple(point[k] for k in SETTINGS)] = point
     if not found:
@@ -439,6 +452,9 @@ def loss(args: Namespace, device: torch.device):
     figure = new_figure(figsize=(10, 7))
     folders = [find_run(folder, "metrics.jsonl") for folder in args.runs or [None]]
     names = [folder.resolve().name for folder in folders]
+    for folder in folders:
+        if not read_metrics(folder / "metrics.jsonl"):
+            raise UserError(f"{folder / 'metrics.jsonl'} holds no step yet")
     draw_losses(figure, folders, [name if names.count(name) == 1 else str(folder)
                                   for name, folder in zip(names, folders, strict=True)])
     return figure

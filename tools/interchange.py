@@ -187,9 +187,8 @@ def _measured_table(measured: dict | None) -> list[str]:
     if measured is None:
         return []
     columns = {"accuracy": ".2%", "frechet": ".2f", "precision": ".3f", "recall": ".3f"}
-    lines = ["## Measured", "", f"{measured['images']:,} samples, {_cell(measured['sampler'])}, "
-             f"{measured['steps']} steps, guidance {measured['cfg_scale']:g}, `python -m "
-             "tools.evaluate`.", "",
+    lines = ["## Measured", "", f"{measured['images']:,} samples, {_cell(measured['how'])}, "
+             f"against {_cell(measured['dataset'])}: `python -m tools.evaluate`.", "",
              "| | accuracy | Frechet distance | precision | recall |", "|---|---|---|---|---|"]
     for title, mean in measured["rows"].items():
         cells = [format(mean[k], form) if k in mean else "-" for k, form in columns.items()]
@@ -199,19 +198,28 @@ def _measured_table(measured: dict | None) -> list[str]:
 
 def measured_row(path: Path, state: dict, report: Path | None) -> dict | None:
     """The measurement of this checkpoint: of the report that `tools.evaluate --json` wrote, else
-    the last of its step in the run's evaluations.jsonl; None where there is none."""
+    the last of its step in the run's evaluations.jsonl that no other model guided; None where
+    there is none."""
     def read(text: str) -> dict:
         found = json.loads(text)
         rows = {title: {k: float(v) for k, v in found["rows"][key]["mean"].items()}
                 for key, title in [("samples", "samples"), ("test", "real: test set")]}
+        how = [str(found["sampler"]) + (f" (eta {found['eta']:g})" if found.get("eta") else ""),
+               f"{int(found['steps'])} step{'s' * (int(found['steps']) > 1)}",
+               f"guidance {float(found['cfg_scale']):g}"]
+        if found.get("guidance_interval"):
+            how.append("for sigma / alpha in ({:g}, {:g}]".format(*found["guidance_interval"]))
+        if found.get("autoguidance"):
+            how.append(f"autoguidance by {found['autoguidance']}")
         row = dict(rows=rows, images=int(found["rows"]["samples"]["images"]),
-                   step=found["step"], weights=found["weights"], sampler=str(found["sampler"]),
-                   steps=int(found["steps"]), cfg_scale=float(found["cfg_scale"]))
+                   step=found["step"], weights=found["weights"], how=", ".join(how),
+                   dataset=str(found.get("dataset", "real images")),
+                   autoguidance=found.get("autoguidance"))
         if not all(math.isfinite(v) for mean in rows.values() for v in mean.values()):
             raise ValueError
         return row
 
-    wrong = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
+    wrong = (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
     if report is not None:
         try:
             with io_errors(f"{report} cannot be read"):
@@ -231,7 +239,8 @@ def measured_row(path: Path, state: dict, report: Path | None) -> dict | None:
         for line in path.with_name("evaluations.jsonl").read_text(errors="replace").splitlines():
             with contextlib.suppress(*wrong):
                 row = read(line)
-                if row["step"] == state["step"] and row["weights"] == "ema":
+                if (row["step"] == state["step"] and row["weights"] == "ema"
+                        and not row["autoguidance"]):
                     found = row
     return found
 
@@ -268,6 +277,8 @@ def check_folder(target: Path, force: bool) -> None:
         others = sorted(str(p.relative_to(target)) for p in target.rglob("*")
                         if not os.path.isdir(p) and p.relative_to(target).as_posix() not in _WRITTEN
                         and "__pycache__" not in p.parts)
+        if not (target / TRANSFORMER).exists() and not (target / WEIGHTS).exists():
+            others = others or sorted(p.name for p in target.iterdir())     # no export of ours
         if others:
             raise UserError(f"{target} holds other files ({shorten(others[0])}): name a new folder")
         if not force:

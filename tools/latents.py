@@ -1,6 +1,6 @@
 """Latents, the paper's own setting: encode images with an autoencoder, sample and decode.
 
-    python -m tools.latents encode IMAGES train.pt --vae FOLDER         PATH/<class>/<images>
+    python -m tools.latents encode IMAGES train.pt --vae FOLDER         IMAGES/<class>/<images>
     python train_mnist.py --dataset latents:train.pt --model DiT-S/2
     python -m tools.latents sample CKPT --labels 0 1 2 --vae FOLDER
     python -m tools.latents sample DiT-XL-2-256x256.pt --labels 207 360 --vae FOLDER
@@ -9,8 +9,11 @@ The autoencoder is an AutoencoderKL of diffusers (an optional package): a folder
 Hugging Face hub. The last command takes the file that the authors of DiT published.
 """
 
+import sys
+
 if not __package__:
-    raise SystemExit("error: run this file as a module: python -m tools.latents")
+    print("error: run this file as a module: python -m tools.latents", file=sys.stderr)
+    sys.exit(2)
 
 import contextlib
 import math
@@ -235,8 +238,8 @@ def sample_latents(checkpoint: Checkpoint, y: Tensor, seed: int, how: dict, batc
 
 
 def sample(args: Namespace) -> int:
-    if args.out is not None:
-        check_target(args.out, args.force, ".png")
+    out = args.out or next_free(paths.OUTPUT, "latents", ".png")
+    check_target(out, args.force, ".png")
     device = distributed.pick_device(args.device)
     vae = Autoencoder(args.vae, device)
     checkpoint = load(find_checkpoint(args.checkpoint), device, args.weights, args.heads)
@@ -252,12 +255,11 @@ def sample(args: Namespace) -> int:
     say(f"{checkpoint.path}: {how['sampler']}, {how['steps']} steps, guidance "
         f"{how['cfg_scale']:g}, {len(y)} images {side}x{side}, seed {args.seed}",
         f"labels: {', '.join(shorten(names[label], 40) for label in labels)}")
-    images = []
     with tqdm(total=len(y) * how["steps"], desc="sampling", unit="image-step", unit_scale=True,
               dynamic_ncols=True) as bar:
-        for z in sample_latents(checkpoint, y, args.seed, how, args.batch_size, bar):
-            images += [data.to_uint8(vae.decode(each[None])).cpu() for each in z]
-    out = args.out or next_free(paths.OUTPUT, "latents", ".png")
+        z = torch.cat(list(sample_latents(checkpoint, y, args.seed, how, args.batch_size, bar)))
+    images = [data.to_uint8(vae.decode(each[None])).cpu()
+              for each in tqdm(z, desc="decoding", unit="img", dynamic_ncols=True)]
     columns = args.per_class if args.per_class > 1 else math.ceil(math.sqrt(len(y)))
     with io_errors(f"{out} cannot be written"):
         pictures.save_picture(out, pictures.grid(torch.cat(images), columns))

@@ -11,8 +11,11 @@ suggestion is a tenth of the rate with the lowest smoothed loss. Writes the curv
 FILE.png, or a new numbered file under output/. No run is changed or made.
 """
 
+import sys
+
 if not __package__:
-    raise SystemExit("error: run this file as a module: python -m tools.lr_finder")
+    print("error: run this file as a module: python -m tools.lr_finder", file=sys.stderr)
+    sys.exit(2)
 
 import support.threads  # noqa: F401  (before torch)
 
@@ -168,7 +171,8 @@ def main(argv: list[str] | None = None) -> int:
         f"--{which} {lowest:.2g}, " + (f"divergence at {last:.2g}" if found.diverged else
                                        f"no divergence up to {last:.2g}"),
         f"suggested: --{which} {suggested:.2g} (the recipe: "
-        f"{getattr(args, which.replace('-', '_')):g})")
+        f"{getattr(args, which.replace('-', '_')):g})"
+        + "; a tenth of that is not in the sweep: try a lower --low" * (lowest < 10 * own.low))
     draw(figure, found, which, suggested, lowest)
     target = own.out or next_free(paths.OUTPUT, "lr_finder", ".png")
     with io_errors(f"{target} cannot be written"):

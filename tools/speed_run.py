@@ -20,15 +20,17 @@ after those of modded-nanogpt and cifar10-airbench:
 5. The hardware and the version of torch are reported. Everything else may change.
 """
 
+import sys
+
 if not __package__:
-    raise SystemExit("error: run this file as a module: python -m tools.speed_run")
+    print("error: run this file as a module: python -m tools.speed_run", file=sys.stderr)
+    sys.exit(2)
 
 import contextlib
 import io
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from argparse import Namespace

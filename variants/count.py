@@ -7,8 +7,11 @@ Multiply-adds are those of the matrix products, as the DiT paper counts its Gflo
 computed: only the shapes are followed.
 """
 
+import sys
+
 if not __package__:
-    raise SystemExit("error: run this file as a module: python -m variants.count")
+    print("error: run this file as a module: python -m variants.count", file=sys.stderr)
+    sys.exit(2)
 
 import torch
 from torch import nn
@@ -35,7 +38,7 @@ def count(network: type[nn.Module], **arguments) -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    say("| `--network` | parameters | multiply-adds |", "|---|---|---|")
+    lines = ["| `--network` | parameters | multiply-adds |", "|---|---|---|"]
     sizes = dict(MODELS[args.model], input_size=args.image_size, in_channels=args.channels,
                  num_classes=args.classes, learn_sigma=args.learn_sigma)
     for name in components.NETWORKS:
@@ -44,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
             parameters, products = count(network, **components.arguments_for(network, sizes))
         except ValueError as error:
             raise unfit_model(args.model, args.image_size, error) from None
-        say(f"| {name} | {parameters:,} | {products / 1e6:,.2f} million |")
+        lines.append(f"| {name} | {parameters:,} | {products / 1e6:,.2f} million |")
+    say(*lines)
     return 0
 
 

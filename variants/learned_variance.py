@@ -86,8 +86,8 @@ class LearnedVariance(GaussianDiffusion):
 
     @torch.no_grad()
     def bits_per_dimension(self, model, x0: Tensor, y: Tensor) -> Tensor:
-        """The variational bound on -log2 p(x0), per pixel and channel: (B,). It costs one
-        evaluation of the network per timestep."""
+        """The variational bound on -log2 p(x0), per pixel and channel: (B,). x0 (B, C, H, H) has
+        256 grey levels in [-1, 1]. It costs one evaluation of the network per timestep."""
         bar = self.alpha_bar[-1].item()
         prior = 0.5 * (bar * x0.square() - bar - math.log(1 - bar))  # KL(q(xT | x0) || N(0, 1))
         total = prior.mean(dim=(1, 2, 3)) / math.log(2)
@@ -99,20 +99,24 @@ class LearnedVariance(GaussianDiffusion):
 
     def guided(self, guidance: Callable) -> Callable:
         """`guidance`, a function (model, y, cfg_scale) -> predict(xt, t), for all but v, which
-        stays that of the class: a variance is no direction to exaggerate."""
+        stays that of the class ("no class" where nothing else is evaluated): a variance is no
+        direction to exaggerate."""
         def guide(model, y: Tensor, cfg_scale: float) -> Callable[[Tensor, int], Tensor]:
-            latest = []
+            found = []
 
-            def recorded(*inputs: Tensor) -> Tensor:
-                latest[:] = [model(*inputs)]        # the class's, or the class's before "no class"
-                return latest[0]
+            def recorded(xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+                out = model(xt, t, labels)
+                if not found or torch.equal(labels[: len(y)], y):
+                    found[:] = [out[: len(y), xt.shape[1]:].float()]
+                return out
 
             recorded.null_class = model.null_class
             predict = guidance(recorded, y, cfg_scale)
 
             def predict_both(xt: Tensor, t: int) -> Tensor:
-                out, C = predict(xt, t).float(), xt.shape[1]
-                return torch.cat([out[:, :C], latest[0][: len(xt), C:].float()], dim=1)
+                found.clear()
+                out = predict(xt, t).float()
+                return torch.cat([out[:, : xt.shape[1]], *found], dim=1)
 
             return predict_both
 
@@ -122,7 +126,7 @@ class LearnedVariance(GaussianDiffusion):
     def ddpm_sample(self, predict: Callable, xT: Tensor, noise: Callable | None = None,
                     clip: bool = True, steps: int = 250) -> Iterator[tuple[int, Tensor, Tensor]]:
         """`GaussianDiffusion.ddpm_sample` with the learned variances, over `steps` of the
-        timesteps."""
+        timesteps. Raises ValueError unless 1 <= steps <= num_timesteps."""
         noise = noise or (lambda t: torch.randn_like(xT))
         xt, timesteps = xT, self.ddim_timesteps(steps)
         for t, t_next in zip(timesteps, timesteps[1:] + [-1], strict=True):

@@ -2,7 +2,7 @@
 
     RMSNorm    no mean is subtracted                              arXiv 1910.07467
     2-D RoPE   queries and keys are rotated by row and column     after arXiv 2104.09864 (1-D)
-    QK-norm    queries and keys have a fixed length               arXiv 2302.05442
+    QK-norm    queries and keys are normalised                    arXiv 2302.05442
     SwiGLU     a gated MLP, two thirds as wide                    arXiv 2002.05202
 
 JiT and LightningDiT combine them. Modulation, gates and the final layer are the lesson's.

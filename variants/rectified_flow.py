@@ -82,6 +82,7 @@ class RectifiedFlow(GaussianDiffusion):
 
         second_order: along the mean of the v at its start and at the end to which that one leads
         (Heun). The last step has no other end: at s = 0 there is no noise left to see.
+        Raises ValueError unless 1 <= steps <= num_timesteps.
         """
         if not 1 <= steps <= self.num_timesteps:
             raise ValueError(f"{steps} sampling steps: from 1 to {self.num_timesteps} are possible")
@@ -98,4 +99,5 @@ class RectifiedFlow(GaussianDiffusion):
 
     def heun_sample(self, predict: Callable, xT: Tensor, noise: Callable | None = None,
                     clip: bool = True, steps: int = 25) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """`euler_sample` with second_order."""
         return self.euler_sample(predict, xT, noise, clip, steps, second_order=True)
