@@ -53,7 +53,6 @@ class GaussianDiffusion:
         self.alpha, self.sigma = self.alpha_bar.sqrt().float(), (1 - self.alpha_bar).sqrt().float()
         noise_level = (self.sigma / self.alpha).log()
         self.noise_level_bounds = (noise_level[1:] + noise_level[:-1]) / 2      # between timesteps
-        self.samplers = {"ddim": self.ddim_sample, "ddpm": self.ddpm_sample}
 
     def to(self, device) -> "GaussianDiffusion":
         """Move the float32 tables to `device`, in place. Returns self."""
@@ -97,20 +96,22 @@ class GaussianDiffusion:
         plain. All shapes as in `q_sample`; y (B,).
         """
         out = model(self.q_sample(x0, t, eps), t, y)
-        out = out[:, : x0.shape[1]].float()     # without the variances that learn_sigma adds
         error = (out - self.target(x0, eps, t)).square().mean(dim=(1, 2, 3))
         return error * self.loss_weight(t)
 
     def loss_weight(self, t: Tensor) -> Tensor:
         """The factor (B,) of the squared error of the output at timesteps t (B,)."""
-        if self.weighting == "plain":
-            return torch.ones_like(self.alpha[t])
         alpha, sigma = self.alpha[t], self.sigma[t]
-        # |d x0_hat / d out|: the error of x0_hat that an error of the output causes
-        ratio = {"eps": sigma / alpha, "v": sigma, "x0": torch.ones_like(sigma)}[self.prediction]
-        if self.weighting == "v":               # the error as an error in v; 0.05: JiT, 2511.13720
-            return (ratio / sigma.clamp(min=0.05)).square()
-        return ratio.square() * (alpha / sigma).square().clamp(max=5)   # Min-SNR-5, 2303.09556
+        if self.weighting == "plain":
+            return torch.ones_like(alpha)
+        # By `x0_and_eps`, an error of 1 in the output is an error of this size in x0_hat:
+        x0_error = {"eps": sigma / alpha, "v": sigma, "x0": torch.ones_like(sigma)}[self.prediction]
+        if self.weighting == "v":
+            # Measure it in v: v_hat - v = -(x0_hat - x0) / sigma. Without the floor of 0.05 (JiT,
+            # 2511.13720) the weight of x0's error at t = 0, 1 / sigma^2, would be 10,000.
+            return (x0_error / sigma.clamp(min=0.05)).square()
+        # Min-SNR-5 (2303.09556): x0's error times the signal-to-noise ratio, at most 5
+        return x0_error.square() * (alpha / sigma).square().clamp(max=5)
 
     # ------------------------------------------------------------ the timesteps of training
 
@@ -131,8 +132,7 @@ class GaussianDiffusion:
         clip: keep x0_hat in [-1, 1], the range of images, and let eps_hat be the noise that leads
         from that x0_hat to xt.
         """
-        out = predict(xt, t)[:, : xt.shape[1]].float()
-        x0_hat, eps_hat = self.x0_and_eps(out, xt, t)
+        x0_hat, eps_hat = self.x0_and_eps(predict(xt, t), xt, t)
         if clip:
             alpha, sigma = self.alpha_sigma(t)
             x0_hat = x0_hat.clamp(-1, 1)
@@ -157,18 +157,19 @@ class GaussianDiffusion:
                     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Go back from pure noise xT (B, C, H, H) to images, one timestep at a time.
 
-        Yields (t, xt, x0_hat) after each step, t = 999..0: the less noisy image that the step
-        made, and the clean image that it assumed. The last xt is the sample. DDPM algorithm 2,
-        with the posterior's variance. noise(t): the noise that step t adds (default: randn).
+        Yields (t, x_next, x0_hat) after each step, t = 999..0: the less noisy image that the step
+        from t made, and the clean image that it assumed. The last x_next is the sample. DDPM
+        algorithm 2, with the posterior's variance. noise(t): what step t adds (default: randn).
         """
         noise = noise or (lambda t: torch.randn_like(xT))
         xt = xT
         for t in reversed(range(self.num_timesteps)):
             x0_hat, _ = self.denoise(predict, xt, t, clip)
-            xt, variance = self.q_posterior(x0_hat, xt, t)
+            x_next, variance = self.q_posterior(x0_hat, xt, t)
             if t > 0:
-                xt = xt + variance**0.5 * noise(t)
-            yield t, xt, x0_hat
+                x_next = x_next + variance**0.5 * noise(t)
+            yield t, x_next, x0_hat
+            xt = x_next
 
     @torch.no_grad()
     def ddim_sample(self, predict: Callable, xT: Tensor,
@@ -180,7 +181,7 @@ class GaussianDiffusion:
         from t straight to any earlier t_next: mix x0_hat and eps_hat in t_next's proportions.
         Neither estimate changes much from one t to the next, and few large steps suffice.
         eta = 0 adds no noise: xT alone decides the sample. eta = 1 over all timesteps is DDPM.
-        Yields (t, xt, x0_hat) for each of `ddim_timesteps(steps)`.
+        Yields (t, x_next, x0_hat) for each t of `ddim_timesteps(steps)`.
         """
         noise = noise or (lambda t: torch.randn_like(xT))
         xt, timesteps = xT, self.ddim_timesteps(steps)
@@ -188,10 +189,11 @@ class GaussianDiffusion:
             x0_hat, eps_hat = self.denoise(predict, xt, t, clip)
             bar, bar_next = self.alpha_bar_at(t), self.alpha_bar_at(t_next)
             std = eta * ((1 - bar_next) / (1 - bar) * (1 - bar / bar_next)) ** 0.5
-            xt = bar_next**0.5 * x0_hat + max(1 - bar_next - std**2, 0.0) ** 0.5 * eps_hat
+            x_next = bar_next**0.5 * x0_hat + max(1 - bar_next - std**2, 0.0) ** 0.5 * eps_hat
             if std > 0:
-                xt = xt + std * noise(t)
-            yield t, xt, x0_hat
+                x_next = x_next + std * noise(t)
+            yield t, x_next, x0_hat
+            xt = x_next
 
     def ddim_timesteps(self, steps: int) -> list[int]:
         """`steps` timesteps, evenly spaced, from 999 down to 0 with both ends (one step: 999).
@@ -202,18 +204,6 @@ class GaussianDiffusion:
             raise ValueError(f"{steps} sampling steps: from 1 to {self.num_timesteps} are possible")
         spaced = torch.linspace(self.num_timesteps - 1, 0, steps, dtype=torch.float64)
         return spaced.round().long().tolist()
-
-    # ------------------------------------------------------------ for logs
-
-    def loss_in_eps(self, loss: Tensor, t: Tensor) -> Tensor:
-        """The errors (B,) of `loss` as errors in eps, so that logs of predictions can be compared.
-
-        For a given xt, eps_hat is linear in the output: its error is that of the output times
-        alpha for v, and times alpha / sigma for x0.
-        """
-        alpha, sigma = self.alpha[t], self.sigma[t]
-        ratio = {"eps": torch.ones_like(alpha), "v": alpha, "x0": alpha / sigma}[self.prediction]
-        return loss / self.loss_weight(t) * ratio.square()
 
 
 # ---------------------------------------------------------------- guidance
@@ -238,7 +228,7 @@ def classifier_free_guidance(model, y: Tensor, cfg_scale: float) -> Callable[[Te
         if cfg_scale == 0:
             return model(xt, steps, null)
         out = model(torch.cat([xt, xt]), torch.cat([steps, steps]), torch.cat([y, null]))
-        out_cond, out_uncond = out.float().chunk(2)
+        out_cond, out_uncond = out.chunk(2)
         return out_uncond + cfg_scale * (out_cond - out_uncond)
 
     return predict

@@ -14,7 +14,7 @@ patches have 7 x 7 pixels, as on a CPU:
 
 Legend: B batch, C channels (C_out: of the output), H image side, p patch side,
 N = (H/p)^2 tokens, D width.
-Parameter names are those of the published code, so its weights load unchanged.
+Parameter names are those of the published code; of its weights, `linear_patch_weight` reshapes one.
 """
 
 import math
@@ -49,20 +49,23 @@ def unpatchify(tokens: Tensor, p: int, C: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """A linear map of each token (B, N, p*p*C) to the width D: (B, N, D).
-
-    The published code writes this map as a convolution whose kernel and stride are p. Its weight
-    keeps that shape, (D, C, p, p), so that published weights load; `forward` reorders it to the
-    (row, column, channel) of a token.
-    """
+    """A linear map of each token (B, N, p*p*C) to the width D: (B, N, D)."""
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+        self.proj = nn.Linear(patch_size * patch_size * in_channels, hidden_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)    # (D, p*p*C)
-        return F.linear(tokens, weight, self.proj.bias)
+        return self.proj(tokens)
+
+
+def linear_patch_weight(kernel: Tensor) -> Tensor:
+    """The weight (D, p*p*C) of `PatchEmbed` that equals a convolution's kernel (D, C, p, p).
+
+    The published code embeds patches by a convolution whose kernel and stride are p: the same map,
+    with the numbers of a patch in another order. It is the one published weight to be reshaped.
+    """
+    return kernel.permute(0, 2, 3, 1).flatten(1)
 
 
 # ---------------------------------------------------------------- position, timestep, class
@@ -255,12 +258,10 @@ class DiT(nn.Module):
         Zeros: DiT section 3.2, "adaLN-Zero block", and section 4, "Training"; the 0.02 of the
         embeddings: the published code.
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))     # as a linear map
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        linear = [m for m in self.modules() if isinstance(m, nn.Linear)]
+        for layer in (*linear[1:], linear[0]):  # this order: a seed goes on giving its weights
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
         for layer in (self.y_embedder.embedding_table, *self.t_embedder.mlp[::2]):
             nn.init.normal_(layer.weight, std=0.02)
         modulations = [m.adaLN_modulation[-1] for m in self.modules()
@@ -269,42 +270,38 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def condition(self, t: Tensor, y: Tensor) -> Tensor:
-        return self.t_embedder(t) + self.y_embedder(y)              # (B, D)
-
-    def transform(self, x: Tensor, c: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x, c)
-        return x
-
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         assert x.shape[1:] == (self.in_channels, self.input_size, self.input_size), x.shape
         x = patchify(x, self.patch_size)                            # (B, N, p*p*C)
         x = self.x_embedder(x) + self.pos_embed                     # (B, N, D)
-        c = self.condition(t, y)                                    # (B, D)
-        x = self.transform(x, c)                                    # (B, N, D)
-        with torch.autocast(x.device.type, enabled=False):          # the output stays float32
-            x = self.final_layer(x.float(), c.float())              # (B, N, p*p*C_out)
+        c = self.t_embedder(t) + self.y_embedder(y)                 # (B, D)
+        for block in self.blocks:
+            x = block(x, c)                                         # (B, N, D)
+        with torch.autocast(x.device.type, enabled=False):          # bf16 has 8 bits: too few for
+            x = self.final_layer(x.float(), c.float())              # pixels. (B, N, p*p*C_out)
         return unpatchify(x, self.patch_size, self.out_channels)    # (B, C_out, H, H)
 
 
 # ---------------------------------------------------------------- named sizes
 
-_SIZES = {                              # hidden_size, depth, num_heads
-    "XL": (1152, 28, 16),               # XL to S: DiT table 1
-    "L": (1024, 24, 16),
-    "B": (768, 12, 12),
-    "S": (384, 12, 6),
-    "Mini": (256, 6, 4),                # Mini, Micro and Nano: this project's, for digits
-    "Micro": (192, 5, 3),
-    "Nano": (128, 4, 2),
-}
-_PATCHES = dict.fromkeys(("Mini", "Micro", "Nano"), (2, 4, 7))      # the paper's sizes: 2, 4, 8
+def size(patch_size: int, hidden_size: int, depth: int, num_heads: int) -> dict:
+    return dict(patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads)
 
-MODELS = {
-    f"DiT-{size}/{p}": dict(patch_size=p, hidden_size=width, depth=depth, num_heads=heads)
-    for size, (width, depth, heads) in _SIZES.items()
-    for p in _PATCHES.get(size, (2, 4, 8))
+
+MODELS = {                                  # XL to S: DiT table 1; the others are for digits
+    "DiT-XL/2": size(2, 1152, 28, 16), "DiT-XL/4": size(4, 1152, 28, 16),
+    "DiT-XL/8": size(8, 1152, 28, 16),
+    "DiT-L/2": size(2, 1024, 24, 16), "DiT-L/4": size(4, 1024, 24, 16),
+    "DiT-L/8": size(8, 1024, 24, 16),
+    "DiT-B/2": size(2, 768, 12, 12), "DiT-B/4": size(4, 768, 12, 12),
+    "DiT-B/8": size(8, 768, 12, 12),
+    "DiT-S/2": size(2, 384, 12, 6), "DiT-S/4": size(4, 384, 12, 6), "DiT-S/8": size(8, 384, 12, 6),
+    "DiT-Mini/2": size(2, 256, 6, 4), "DiT-Mini/4": size(4, 256, 6, 4),
+    "DiT-Mini/7": size(7, 256, 6, 4),
+    "DiT-Micro/2": size(2, 192, 5, 3), "DiT-Micro/4": size(4, 192, 5, 3),
+    "DiT-Micro/7": size(7, 192, 5, 3),
+    "DiT-Nano/2": size(2, 128, 4, 2), "DiT-Nano/4": size(4, 128, 4, 2),
+    "DiT-Nano/7": size(7, 128, 4, 2),
 }
 """Name -> keyword arguments of `DiT`; input_size, in_channels and num_classes are the data's."""
 
@@ -315,7 +312,7 @@ if __name__ == "__main__":
     t, y = torch.tensor([0, 999]), torch.tensor([3, model.null_class])
     tokens = patchify(xt, 7)
     x = model.x_embedder(tokens) + model.pos_embed
-    c = model.condition(t, y)
+    c = model.t_embedder(t) + model.y_embedder(y)
     out = model(xt, t, y)
     for name, value, shape in [
         ("xt", xt, (2, 1, 28, 28)),

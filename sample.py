@@ -11,34 +11,30 @@ From Python: `from sample import load, generate`, then `generate(load(), [3, 1, 
 
 import support.threads  # noqa: F401  (before torch)
 
-from collections.abc import Iterator, Sequence
+import inspect
+import math
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion import GaussianDiffusion
+from diffusion import GaussianDiffusion, classifier_free_guidance
 from dit import DiT
-from support import checkpoints, components, distributed, paths, pictures
-from support.cli import UserError, run_command, say
+from support import checkpoint as checkpoints, compute, pictures
+from support.command import OUTPUT, UserError, next_free, run_command, say, short
 from support.data import to_uint8
-from support.folders import find_checkpoint
-from support.sampling import (
-    Images,
-    check_flags,
-    choose_labels,
-    describe,
-    label_grid,
-    parse_label,
-    parser,
-    resolve_sampling,
-    settings_from,
-    targets,
-    write_all,
-)
-from support.seeds import ImageNoise
+from support.flags import check_outputs, sample_parser
+from support.registry import GUIDANCE, NETWORKS, PROCESSES, SAMPLERS
+
+NETWORKS["dit"], PROCESSES["ddpm"] = DiT, GaussianDiffusion
+import variants  # noqa: E402, F401  (registers the others)
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
 @dataclass
@@ -49,8 +45,8 @@ class Checkpoint:
     diffusion: GaussianDiffusion
     class_names: list[str]
     sampling: dict              # sampler, steps, eta, cfg_scale
-    step: int
-    path: Path
+    step: int = 0
+    path: Path | None = None
 
 
 def load(path: str | Path | None = None, device: str | torch.device | None = None,
@@ -59,95 +55,172 @@ def load(path: str | Path | None = None, device: str | torch.device | None = Non
     that ships. device: cuda, mps or cpu (default: the fastest). weights: "ema", or "model" for
     the weights before averaging. Raises UserError naming what is wrong with the file.
     """
-    path = find_checkpoint(path)
+    path = checkpoints.find_checkpoint(path)
     state = checkpoints.load(path)
-    device = distributed.pick_device(None if device is None else str(device))
-    model, diffusion = checkpoints.build(state, weights, device)
+    model, diffusion = checkpoints.build(state, weights, compute.pick_device(device))
     return Checkpoint(model, diffusion, state["class_names"], state["config"]["sampling"],
                       state["step"], path)
 
 
-def generate(checkpoint: Checkpoint, labels: Sequence[int | str], cfg_scale: float | None = None,
-             steps: int | None = None, seed: int = 0, sampler: str | None = None,
-             eta: float | None = None, precision: str = "auto", batch_size: int = 250) -> Images:
-    """Images of the classes `labels` (indices, class names or number words): a float32 tensor
-    (N, C, H, W) in [-1, 1], on the checkpoint's device. A notebook shows it as a grid.
+def sample(checkpoint: Checkpoint, y: Tensor, *, cfg_scale: float | None = None,
+           steps: int | None = None, sampler: str | None = None, eta: float | None = None,
+           seed: int = 0, precision: str = "auto", batch_size: int = 250, first: int = 0,
+           guidance: Callable = classifier_free_guidance, watch: Callable | None = None,
+           bar: tqdm | None = None) -> Iterator[Tensor]:
+    """Batches of images for the labels y (N,), in their order: float32 (B, C, H, H) in [-1, 1].
 
-    cfg_scale, steps, sampler, eta: by default what the checkpoint suggests. Image k depends on
-    (seed, k) and its label alone. Raises UserError for a label or a value that is not possible.
+    cfg_scale, steps, sampler, eta: None is what the checkpoint suggests. Image i has the noise of
+    image first + i of `seed`, whatever the batch size and the device. guidance(model, y,
+    cfg_scale): what makes predict(xt, t). After each step `watch(t, xt, x_next, x0_hat)` gets the
+    network's input, the result of the step and its estimate of x0; `bar` counts images x steps.
+    Raises UserError for a sampler, steps or eta that the process does not have.
+    """
+    model, device = checkpoint.model, next(checkpoint.model.parameters()).device
+    shape = (model.in_channels, model.input_size, model.input_size)
+    cfg_scale = checkpoint.sampling["cfg_scale"] if cfg_scale is None else cfg_scale
+    steps_back = find_sampler(checkpoint, sampler, steps, eta)
+    guidance = getattr(checkpoint.diffusion, "guided", lambda g: g)(guidance)
+    precision = compute.pick_precision(precision, device)
+    for start in range(0, len(y), batch_size):
+        labels = y[start : start + batch_size].to(device)
+        low, high = first + start, first + start + len(labels)
+
+        def noise(t: int | str, low: int = low, high: int = high) -> Tensor:
+            return compute.image_noise(seed, t, low, high, shape).to(device)
+
+        predict = guidance(model, labels, cfg_scale)
+        xt = noise("T")
+        with compute.autocast(device, precision):
+            for t, x_next, x0_hat in steps_back(predict, xt, noise=noise):
+                if watch is not None:
+                    watch(t, xt, x_next, x0_hat)
+                if bar is not None:
+                    bar.update(len(labels))
+                xt = x_next
+        yield xt if checkpoint.sampling.get("latents") else xt.clamp(-1, 1)
+
+
+def generate(checkpoint: Checkpoint, labels: Sequence[int | str], **options) -> pictures.Images:
+    """Images of the classes `labels` (names, number words or indices): a float32 tensor (N, C, H,
+    W) in [-1, 1], on the checkpoint's device, which a notebook shows as a grid. options: those of
+    `sample`. Raises UserError for a label or a value that is not possible.
     """
     if len(labels) == 0:
         raise UserError("no labels: name at least one class")
-    y = torch.tensor([parse_label(label, checkpoint.class_names) for label in labels])
-    how = resolve_sampling(checkpoint, cfg_scale, steps, sampler, eta, precision)
-    return torch.cat(list(sample(checkpoint, y, seed, how, batch_size))).as_subclass(Images)
+    y = torch.tensor([label_of(label, checkpoint.class_names) for label in labels])
+    return torch.cat(list(sample(checkpoint, y, **options))).as_subclass(pictures.Images)
 
 
-def sample(checkpoint: Checkpoint, y: Tensor, seed: int, how: dict, batch_size: int = 250,
-           first: int = 0, watch=None, bar=None) -> Iterator[Tensor]:
-    """Batches of images for the labels y (N,), in their order: float32 (B, C, H, H) in [-1, 1].
+# ---------------------------------------------------------------- what was asked for
 
-    how: the dict that `resolve_sampling` returns: the name of the sampler and its options, the
-    function of guidance and its cfg_scale, the precision. Image i has the noise of image first + i
-    of `seed`, whatever the batch size. After each step `watch(t, xt, x0_hat, xt_next)` gets the
-    network's input, its estimate of x0, and the result of the step; `bar` (a tqdm) counts images x
-    steps.
-    """
-    model, diffusion = checkpoint.model, checkpoint.diffusion
-    shape = (model.in_channels, model.input_size, model.input_size)
-    device = next(model.parameters()).device
-    sampler, options = components.find_sampler(diffusion, how["sampler"]), how["options"]
-    for start in range(0, len(y), batch_size):
-        labels = y[start : start + batch_size].to(device)
-        noise = ImageNoise(seed, first + start, first + start + len(labels), shape, device)
-        predict = how["guidance"](model, labels, how["cfg_scale"])  # classifier_free_guidance
-        xt = noise("T")
-        with distributed.autocast(device, how["precision"]):
-            for t, xt_next, x0_hat in sampler(predict, xt, noise=noise, **options):
-                if watch is not None:
-                    watch(t, xt, x0_hat, xt_next)
-                xt = xt_next
-                if bar is not None:
-                    bar.update(len(labels))
-        yield xt.clamp(-1, 1)
+
+def number_meant(name: str) -> int | None:
+    """The number that "7", "07" or "seven" means; None for other names."""
+    name = name.strip().lower()
+    return WORDS.index(name) if name in WORDS else int(name) if name.isdecimal() else None
+
+
+def label_of(label: int | str, class_names: list[str]) -> int:
+    """The index of a class given by its name; by the number that its name means ("3" or "three");
+    or, where no class name means a number, by its index."""
+    text, *names = (unicodedata.normalize("NFC", str(name)) for name in (label, *class_names))
+    numbers, wanted = [number_meant(name) for name in names], number_meant(text)
+    if text in names:
+        return names.index(text)
+    if wanted is not None and numbers.count(wanted) == 1:
+        return numbers.index(wanted)
+    if wanted is not None and set(numbers) == {None} and wanted < len(names):
+        return wanted
+    raise UserError(f"label {text} is not a class of this model: {', '.join(names[:20])}"
+                    f"{' ...' * (len(names) > 20)}")
+
+
+def find_sampler(checkpoint: Checkpoint, name: str | None, steps: int | None, eta: float | None
+                 ) -> Callable:
+    """A sampler with its options, of those that are given and those that the checkpoint suggests:
+    a function (predict, xT, noise=...)."""
+    diffusion, suggested = checkpoint.diffusion, checkpoint.sampling
+    name = name or suggested["sampler"]
+    own = {key[:-7]: f for key in dir(diffusion) if key.endswith("_sample") and key != "q_sample"
+           and (f := getattr(diffusion, key)) is not None}
+    known = own | {key: partial(f, diffusion) for key, f in SAMPLERS.items()}
+    if name not in known:
+        raise UserError(f"--sampler {name}: this model has {', '.join(known)}")
+    accepted = inspect.signature(known[name]).parameters
+    for key, value, limit in (("steps", steps, diffusion.num_timesteps), ("eta", eta, 1)):
+        if value is not None and key not in accepted:
+            raise UserError(f"--{key} does not apply to --sampler {name}")
+        if value is not None and not 0 <= value <= limit or value == 0 and key == "steps":
+            raise UserError(f"--{key} {value}: from {int(key == 'steps')} to {limit} are possible")
+    options = dict(steps=steps or suggested["steps"], clip=not suggested.get("latents"),
+                   eta=suggested["eta"] if eta is None else eta)
+    return partial(known[name], **{k: v for k, v in options.items() if k in accepted})
+
+
+def sampling_options(args, checkpoint: Checkpoint) -> dict:
+    """The arguments of `sample` that the flags of `flags.add_sampling_flags` ask for, resolved:
+    sampler, steps, eta and cfg_scale are what will be used. Raises UserError, before any work."""
+    suggested, diffusion = checkpoint.sampling, checkpoint.diffusion
+    options = {key: getattr(args, key) for key in ("precision", "batch_size")}
+    found = find_sampler(checkpoint, args.sampler, args.steps, args.eta).keywords
+    options |= dict(sampler=args.sampler or suggested["sampler"], steps=found.get("steps"),
+                    eta=found.get("eta"), cfg_scale=suggested["cfg_scale"]
+                    if args.cfg_scale is None else args.cfg_scale)
+    guidance = classifier_free_guidance
+    if args.autoguidance:
+        weaker = load(args.autoguidance, next(checkpoint.model.parameters()).device)
+        guidance = partial(GUIDANCE["autoguidance"], weak=weaker.model)
+    if args.guidance_interval:
+        low, high = args.guidance_interval
+        guidance = partial(GUIDANCE["interval"], process=diffusion, low=low, high=high,
+                           guide=guidance)
+    return options | dict(guidance=guidance)
 
 
 # ---------------------------------------------------------------- the command
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser(__doc__).parse_args(argv)
-    check_flags(args)
-    device = distributed.join(args.device)
-    checkpoint = load(args.checkpoint, device, args.weights)
-    settings = settings_from(args, checkpoint)          # one for each guidance scale
-    scales, steps = [how["cfg_scale"] for how in settings], settings[0]["steps"]
-    y, columns = choose_labels(args, checkpoint.class_names)
-    outputs = targets(args, len(y))
-    distributed.say(f"{paths.short(checkpoint.path)}: step {checkpoint.step:,}"
-                    f"{'' if checkpoint.step else ' (untrained)'}, {describe(args, settings)}, "
-                    f"{len(y)} image{'s' * (len(y) > 1)}, seed {args.seed}")
-    if args.random_labels and set(outputs) - {"npz", "png_dir"}:
-        distributed.say(*label_grid(y, columns, checkpoint.class_names))
+    args = sample_parser(__doc__).parse_args(argv)
+    check_outputs(args)
+    checkpoint = load(args.ckpt or args.checkpoint, args.device, args.weights)
+    if checkpoint.sampling.get("latents"):
+        raise UserError(f"{checkpoint.path} makes latents: python -m tools.convert sample CKPT "
+                        f"OUT.png --vae VAE decodes them")
+    names, options = checkpoint.class_names, sampling_options(args, checkpoint)
+    scales = options.pop("cfg_scale")
+    scales = scales if isinstance(scales, list) else [scales]
+    per_class = args.per_class or (1 if args.labels or args.random_labels else 10)
+    if args.random_labels:
+        y = torch.randint(len(names), (args.random_labels,),
+                          generator=compute.generator("cpu", args.seed, "labels"))
+    else:
+        y = torch.tensor([label_of(text, names) for text in args.labels or names[:10]])
+        y = y.repeat_interleave(per_class)
+    columns = per_class if per_class > 1 else math.ceil(math.sqrt(len(y)))
+    if args.out is None and not args.npz and not args.png_dir:
+        args.out = next_free(OUTPUT, "samples", ".png")
+    steps = options["steps"] or checkpoint.diffusion.num_timesteps
+    say(f"{short(checkpoint.path)}: step {checkpoint.step:,}, {options['sampler']} in {steps} "
+        f"steps, guidance {', '.join(f'{s:g}' for s in scales)}, {len(y):,} image"
+        f"{'s' * (len(y) > 1)}, seed {args.seed}",
+        "classes, in this order: " + pictures.label_list(y, names))
 
-    # Sample, once for each guidance scale; under torchrun each process takes every n-th batch
-    batches = list(torch.arange(len(y)).split(args.batch_size))
-    mine = batches[distributed.rank() :: distributed.world_size()]
-    recorder = pictures.FrameRecorder(steps) if args.gif or args.trajectory else None
-    grids = []
-    with tqdm(total=sum(map(len, mine)) * steps * len(scales), desc="sampling",
-              unit="image-step", unit_scale=True, dynamic_ncols=True,
-              disable=distributed.rank() > 0) as bar:
-        for how in settings:
-            parts = [to_uint8(part).cpu() for batch in mine for part in sample(
-                checkpoint, y[batch], args.seed, how, args.batch_size, int(batch[0]), recorder,
-                bar)]
-            grids.append(distributed.gather_parts(parts))
-    distributed.shut_down()
-    if distributed.rank() == 0:
-        for path in write_all(outputs, grids, scales, y, checkpoint.class_names, columns,
-                              args.scale, recorder):
-            say(f"written: {path}")
+    recorder = pictures.FrameRecorder() if args.gif or args.trajectory else None
+    mine = list(torch.arange(len(y)).split(args.batch_size))[compute.RANK :: compute.WORLD]
+    total = sum(map(len, mine)) * len(scales) * steps
+    grids = []                                              # uint8 (N, C, H, H) for each scale
+    with tqdm(total=total, desc="sampling", unit="image-step", unit_scale=True,
+              dynamic_ncols=True, disable=compute.RANK > 0) as bar:
+        for scale in scales:
+            parts = {int(batch[0]): to_uint8(next(sample(
+                checkpoint, y[batch], cfg_scale=scale, seed=args.seed, first=int(batch[0]),
+                watch=recorder, bar=bar, **options))).cpu() for batch in mine}
+            parts = {k: v for each in compute.gather_to_rank0(parts) or [] for k, v in each.items()}
+            grids.append([parts[k] for k in sorted(parts)])
+    if compute.RANK == 0:
+        pictures.write_outputs(args, [torch.cat(parts) for parts in grids], scales, y, names,
+                               columns, recorder)
     return 0
 
 

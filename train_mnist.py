@@ -11,26 +11,30 @@ and trains the network to predict the clean image. Samples are drawn with the EM
 
 import support.threads  # noqa: F401  (before torch)
 
-import torch
-from torch import nn
+import copy
+from functools import partial
 
-from diffusion import GaussianDiffusion
+import torch
+from torch import Tensor, nn
+
+from diffusion import PREDICTIONS, WEIGHTINGS, GaussianDiffusion
 from dit import MODELS
-from support import components
-from support.cli import run_command
+from sample import Checkpoint, sample
+from support.command import UserError, run_command
+from support.compute import prepare, seed_of, set_learning_rates
 from support.data import Batches
 from support.muon import BatchedMuon
-from support.preview import Preview
+from support.registry import NETWORKS, PROCESSES
 from support.run import Run
-from support.settings import Settings
-from support.state import TrainingState
 
-DIFFUSION = dict(num_timesteps=1000, beta_start=1e-4, beta_end=0.02)    # DDPM section 4
 SAMPLING = dict(sampler="ddim", steps=25, eta=0.0, cfg_scale=1.6)       # sample.py's defaults
 
 # Measured: docs/experiments.md, "The recipe". Each value is the default of a flag.
 RECIPE = dict(
-    prediction="x0",            # the clean image; its error is weighted as one in v (--weighting)
+    network="dit",
+    process="ddpm",
+    prediction="x0",            # what the output means: the clean image
+    weighting="v",              # its error is weighted as one in v; the paper: eps, plain
     timesteps="log-normal",     # ln(sigma / alpha) is normal: few timesteps near 0 and 999
     noise_mean=0.4,             # between SD3 (0, 1) and JiT (0.8, 0.8)
     noise_std=0.9,
@@ -51,38 +55,59 @@ PRESETS = {
                 ema_decay=0.995,            # averages about 200 steps: short enough for 4,000
                 log_every=20, preview_every=500, save_every=500),
 }
+CHOICES = dict(model=MODELS, network=NETWORKS, process=PROCESSES, prediction=PREDICTIONS,
+               weighting=WEIGHTINGS, timesteps=("log-normal", "logit-normal", "uniform"),
+               optimizer=("muon", "adamw"))
 
 
 # ---------------------------------------------------------------- the algorithm
 
 
-def train(batches: Batches, state: TrainingState, diffusion: GaussianDiffusion, run: Run) -> None:
-    """The training loop. B is the batch size (of this rank, under torchrun)."""
-    args, draw_t = run.args, TIMESTEPS[run.args.timesteps]
-    for step in run.steps():
-        rng = run.random(step)                  # .uniform(): (B,); .normal(*shape): (B, *shape)
+def train(model: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimizer],
+          diffusion: GaussianDiffusion, batches: Batches, run: Run) -> None:
+    """The training loop. B is the batch size (of this process, under torchrun)."""
+    args = run.args
+    net = prepare(model, run.device, run.precision, run.compiled)   # mixed precision, compiler ...
+    update = run.replayed(partial(training_step, net, ema, optimizers, diffusion, run.scaler,
+                                  args.clip or float("inf")))       # on a GPU: one graph a step
+    for step in run.steps():                                    # saves and previews in between
+        rng = run.random(step)                                  # a function of --seed and step
         x0, y = batches(step)                                   # (B, C, H, H) in [-1, 1]; (B,)
         dropped = rng.uniform() < args.label_dropout
-        y = torch.where(dropped, state.model.null_class, y)     # "no class": for guidance
-        t = draw_t(diffusion, rng, args)                        # (B,)
+        y = torch.where(dropped, model.null_class, y)           # "no class": for guidance
+        t = draw_timesteps(diffusion, rng, args)                # (B,)
         eps = rng.normal(*x0.shape[1:])                         # (B, C, H, H)
 
-        # loss = diffusion.loss(model, x0, t, y, eps), (B,); loss.mean().backward()
-        loss = state.backward(x0, t, y, eps)
         lr_factor = schedule(step, args.steps, args.warmup, args.decay)
-        grad_norm = state.update(lr_factor, args.clip)          # clipped; an optimizer step
-        update_ema(state.ema, state.model, min(args.ema_decay, (1 + step) / (10 + step)))
-
-        run.log(loss=loss, loss_eps=diffusion.loss_in_eps(loss, t), grad_norm=grad_norm,
-                lr=args.lr * lr_factor, t=t)
+        set_learning_rates(optimizers, lr_factor)
+        loss, grad_norm = update(x0, t, y, eps, ema_decay_at(step, args.ema_decay))
+        run.log(loss=loss, t=t, grad_norm=grad_norm, lr=args.lr * lr_factor)
 
 
-TIMESTEPS = {       # the distribution of t, (B,): t = TIMESTEPS[name](diffusion, rng, args)
-    "uniform": lambda diffusion, rng, args: diffusion.t_from_uniform(rng.uniform()),
-    "log-normal": lambda diffusion, rng, args: diffusion.t_from_noise_level(
-        args.noise_mean + args.noise_std * rng.normal()),       # of sigma / alpha
-    "logit-normal": lambda diffusion, rng, args: diffusion.t_from_uniform(rng.normal().sigmoid()),
-}
+def training_step(net, ema, optimizers, diffusion, scaler, clip: float, x0: Tensor, t: Tensor,
+                  y: Tensor, eps: Tensor, ema_decay: float | Tensor) -> tuple[Tensor, Tensor]:
+    """One update of net and ema, in place. Returns the loss of each image (B,) and the norm of the
+    gradient before clipping. scaler changes nothing but fp16, whose small gradients it saves."""
+    loss = diffusion.loss(net, x0, t, y, eps)                   # (B,)
+    scaler.scale(loss.mean()).backward()
+    for opt in optimizers:
+        scaler.unscale_(opt)
+    grad_norm = nn.utils.clip_grad_norm_(net.parameters(), clip)
+    for opt in optimizers:
+        scaler.step(opt)
+        opt.zero_grad()
+    scaler.update()
+    update_ema(ema, net, ema_decay)
+    return loss.detach(), grad_norm
+
+
+def draw_timesteps(diffusion: GaussianDiffusion, rng, args) -> Tensor:
+    """Timesteps (B,) with the distribution that --timesteps names."""
+    if args.timesteps == "log-normal":      # the noise level, ln(sigma / alpha), is normal
+        return diffusion.t_from_noise_level(args.noise_mean + args.noise_std * rng.normal())
+    if args.timesteps == "logit-normal":
+        return diffusion.t_from_uniform(rng.normal().sigmoid())
+    return diffusion.t_from_uniform(rng.uniform())
 
 
 def schedule(step: int, steps: int, warmup: int, decay: float) -> float:
@@ -91,11 +116,19 @@ def schedule(step: int, steps: int, warmup: int, decay: float) -> float:
     return min(1.0, (step + 1) / max(1, warmup), (steps - step) / max(1.0, decay * steps))
 
 
+def ema_decay_at(step: int, ema_decay: float) -> float:
+    """The EMA's decay at a step. Its warm-up averages over about a tenth of the steps so far, so
+    that the initial weights soon drop out."""
+    return min(ema_decay, (1 + step) / (10 + step))
+
+
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * model, for every parameter. Warm-up: the decay grows with
-    the step, (1 + step) / (10 + step), so that the average soon leaves the initial weights."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+def update_ema(ema: nn.Module, model: nn.Module, decay: float | Tensor) -> None:
+    """ema <- decay * ema + (1 - decay) * model, for every parameter."""
+    averages, weights = list(ema.parameters()), list(model.parameters())
+    share = 1 - decay
+    torch._foreach_lerp_(averages, weights,
+                         [share] * len(weights) if isinstance(share, Tensor) else share)
 
 
 def make_optimizers(model: nn.Module, args) -> list[torch.optim.Optimizer]:
@@ -115,27 +148,41 @@ def make_optimizers(model: nn.Module, args) -> list[torch.optim.Optimizer]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    settings = Settings(RECIPE, PRESETS)
-    run = Run(vars(settings.parser(__doc__).parse_args(argv)), settings)
+    run = Run(argv, __doc__, RECIPE, PRESETS, CHOICES)      # the flags, and what --resume continues
     args = run.args
+    images = run.load_images()                              # (N, C, H, H), uint8, and labels
 
-    images = run.load_images()                                  # (N, C, H, H), uint8, and labels
-    network, model_args = components.network_for(args, dict(    # DiT
-        MODELS[args.model], input_size=images.size, in_channels=images.channels,
-        num_classes=len(images.class_names)))
-    process, diffusion_args = components.process_for(args, DIFFUSION)       # GaussianDiffusion
-
-    model = run.build(network, args.model, model_args)          # on the device, weights from --seed
-    diffusion = process(**diffusion_args).to(run.device)
-    state = TrainingState(model, make_optimizers(model, args), diffusion, args, run.device)
+    # The network, its EMA, the process
+    process = PROCESSES[args.process]                       # GaussianDiffusion
+    sizes = dict(MODELS[args.model], input_size=images.size, in_channels=images.channels,
+                 num_classes=len(images.class_names), **getattr(process, "network_arguments", {}))
+    objective = dict(prediction=args.prediction, weighting=args.weighting)
+    torch.manual_seed(seed_of(args.seed, "init"))
+    try:
+        model = NETWORKS[args.network](**sizes)             # DiT
+        diffusion = process(**objective).to(run.device)
+    except ValueError as error:                             # the patch does not fit, say
+        raise UserError(f"--model {args.model}: {error}") from None
+    run.load_initial(model, images.class_names)             # --init-from
+    model = model.to(run.device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizers = make_optimizers(model, args)
     batches = Batches(images.to(run.device), args.batch_size, args.seed, run.device, args.flip,
                       run.share)
 
-    config = dict(network=args.network, model=model_args, process=args.process,
-                  diffusion=diffusion_args, sampling=components.sampling_for(diffusion, SAMPLING))
-    preview = Preview(state.ema, diffusion, config["sampling"], args.seed)
-    run.begin(state, config, images.class_names, preview)
-    train(batches, state, diffusion, run)
+    # The run: its folder, its checkpoints, its previews
+    sampling = {**SAMPLING, **getattr(process, "sampling", {}), **images.sampling}
+    config = dict(network=args.network, model=sizes, process=args.process, diffusion=objective,
+                  sampling=sampling)
+    checkpoint = Checkpoint(ema, diffusion, images.class_names, sampling)
+
+    def preview(columns: int = 6) -> tuple[Tensor, int]:
+        """Samples of the EMA, a class per row, always from the same noise."""
+        y = torch.arange(min(10, len(images.class_names))).repeat_interleave(columns)
+        return torch.cat(list(sample(checkpoint, y, seed=args.seed))), columns
+
+    run.begin(model, ema, optimizers, diffusion, config, images.class_names, preview)
+    train(model, ema, optimizers, diffusion, batches, run)
     return run.finish()
 
 

@@ -1,138 +1,166 @@
-"""Pictures of images: grids, panels side by side, the trajectory strip and the animation.
-
-Wherever a function takes images (N, C, H, H), C is 1 or 3 and the values are uint8, or floats
-in [-1, 1].
-"""
+"""Pictures of images: grids, animations, strips; and the files that sample.py writes."""
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.utils import make_grid
+from tqdm import tqdm
 
-from support.cli import atomic_write
+from support.command import atomic_write, say, short
 from support.data import to_uint8
 
-BACKGROUND, TEXT, PANEL_GAP = (40, 40, 40), (255, 255, 255), (255, 255, 255)     # colours
-GAP, TITLE = 2, 20              # pixels: between images; height of a line of text
+TITLE = 20          # height of a line of text
 
 
-def grid(images: Tensor, columns: int, title: str = "", scale: int | None = None) -> Image.Image:
-    """A grid of images (N, C, H, H) in reading order, `columns` to a row, below a title.
+class Images(Tensor):
+    """A tensor (N, C, H, W) of images in [-1, 1] that a notebook shows as a grid."""
 
-    scale: an integer enlargement. By default small images become about 56 pixels wide, and about
-    112 where there are at most 16.
-    """
-    sheet, _ = _sheet(images, columns, scale, top=TITLE if title else 0)
-    if title:
-        _write(sheet, 4, title)
+    def _repr_png_(self) -> bytes:
+        out = io.BytesIO()
+        images = self.detach().cpu().as_subclass(Tensor)
+        grid(images, min(len(images), 10)).save(out, format="PNG")
+        return out.getvalue()
+
+
+def grid(images: Tensor, columns: int, scale: int | None = None, title: str = "") -> Image.Image:
+    """Images (N, C, H, H) in [-1, 1] or uint8, in reading order. Small ones are enlarged. Latents
+    (C other than 1 or 3) are shown by their first three channels."""
+    if images.shape[1] not in (1, 3):
+        images = images[:, :3] / 3 if images.shape[1] > 2 else images[:, :1] / 3
+    images = (to_uint8(images) if images.is_floating_point() else images).cpu()
+    scale = scale or max(1, round((112 if len(images) <= 16 else 56) / images.shape[-1]))
+    images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    page = Image.fromarray(make_grid(images, columns, pad_value=40).permute(1, 2, 0).numpy())
+    if not title:
+        return page
+    sheet = Image.new("RGB", (page.width, page.height + TITLE), (40, 40, 40))
+    sheet.paste(page, (0, TITLE))
+    write_text(sheet, 4, 2, title)
     return sheet
 
 
-def side_by_side(sheets: list[Image.Image], gap: int = 12) -> Image.Image:
-    """Pictures in one row, as panels separated by a gap."""
-    width = sum(s.width for s in sheets) + gap * (len(sheets) - 1)
-    row = Image.new("RGB", (width, max(s.height for s in sheets)), PANEL_GAP)
-    left = 0
-    for sheet in sheets:
-        row.paste(sheet, (left, 0))
-        left += sheet.width + gap
-    return row
-
-
-def trajectory_strip(frames: list[tuple[int, Tensor, Tensor]], columns: int = 10,
-                     scale: int | None = None) -> Image.Image:
-    """The denoising of one image, xt above x0_hat, in `columns` of the steps from first to last.
-
-    frames: (t, xt, x0_hat) for each step, the images (C, H, H). Each column is headed by its t.
-    """
-    steps = np.linspace(0, len(frames) - 1, min(columns, len(frames)))
-    times, xt, x0_hat = zip(*[frames[round(i)] for i in steps], strict=True)
-    left = 50
-    sheet, cell = _sheet(torch.stack([*xt, *x0_hat]), len(steps), scale, top=TITLE, left=left)
-    rows = {"t": TITLE / 2, "xt": TITLE + 0.5 * cell, "x0_hat": TITLE + 1.5 * cell}
-    for text, middle in rows.items():
-        _write(sheet, 4, text, middle)
-    for column, t in enumerate(times):
-        _write(sheet, left + (column + 0.5) * cell, str(t), centred=True)
-    return sheet
-
-
-def titled(picture: Image.Image, title: str) -> Image.Image:
-    """A picture with a line of text above it."""
-    sheet = Image.new("RGB", (picture.width, picture.height + TITLE), BACKGROUND)
-    sheet.paste(picture, (0, TITLE))
-    _write(sheet, 4, title)
-    return sheet
-
-
-def animation(frames: list[Image.Image], milliseconds: int = 120) -> bytes:
-    """A GIF of the frames, each shown for so long and the last one for two seconds. Noise
-    compresses badly, hence 16 colours for grey frames and 128 for colour."""
-    grey = frames[-1].convert("HSV").getchannel("S").getextrema() == (0, 0)
-    frames = [frame.quantize(16 if grey else 128, dither=Image.Dither.NONE) for frame in frames]
-    out = io.BytesIO()
-    frames[0].save(out, format="GIF", save_all=True, append_images=frames[1:], loop=0,
-                   duration=[milliseconds] * (len(frames) - 1) + [2000])
-    return out.getvalue()
-
-
-def save_picture(path: Path, picture: Image.Image) -> None:
-    """Write a picture atomically, as PNG or GIF by the suffix of `path`. Raises OSError."""
-    kind = path.suffix[1:].upper()
-    atomic_write(path, lambda file: picture.save(file, format=kind))
-
-
-class FrameRecorder:
-    """Record the sampling: pass it as `watch`, called as watch(t, xt, x0_hat, xt_next) after each
-    step. The four are the step's timestep, its input, its estimate of x0 and its result.
-
-    trajectory: (t, xt, x0_hat) of the first image at each step, uint8 (C, H, H) on the CPU.
-    """
-
-    def __init__(self, steps: int, frames: int = 24):
-        self.steps, self.calls = steps, 0
-        self.recorded = set(np.linspace(0, steps - 1, min(frames, steps)).round().astype(int))
-        self.trajectory: list[tuple[int, Tensor, Tensor]] = []
-        self._results: dict[int, list[Tensor]] = {}
-
-    def __call__(self, t: int, xt: Tensor, x0_hat: Tensor, xt_next: Tensor) -> None:
-        if self.calls < self.steps:             # the first batch
-            self.trajectory.append((t, to_uint8(xt[0]).cpu(), to_uint8(x0_hat[0]).cpu()))
-        if (step := self.calls % self.steps) in self.recorded:
-            self._results.setdefault(step, []).append(to_uint8(xt_next).cpu())
-        self.calls += 1
-
-    def frames(self) -> list[Tensor]:
-        """All images after each of the recorded steps: a list of uint8 (N, C, H, H)."""
-        return [torch.cat(batches) for batches in self._results.values()]
-
-
-def _sheet(images: Tensor, columns: int, scale: int | None, top: int = 0, left: int = 0
-           ) -> tuple[Image.Image, int]:
-    """(a grid of the images with room for text above and to the left, the pitch of its cells)."""
-    if images.is_floating_point():
-        images = to_uint8(images)
-    side = images.shape[-1]
-    scale = scale or max(1, round((112 if len(images) <= 16 else 56) / side))
-    cell, rows = side * scale + GAP, -(-len(images) // columns)
-    sheet = Image.new("RGB", (left + columns * cell + GAP, top + rows * cell + GAP), BACKGROUND)
-    for i, image in enumerate(images.cpu()):
-        pixels = image.permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy()
-        picture = Image.fromarray(pixels).resize((side * scale,) * 2, Image.Resampling.NEAREST)
-        sheet.paste(picture, (left + GAP + i % columns * cell, top + GAP + i // columns * cell))
-    return sheet, cell
-
-
-def _write(sheet: Image.Image, x: float, text: str, y: float = TITLE / 2, centred: bool = False
-           ) -> None:
-    """Write text whose middle is at height y, from x or centred on it."""
+def write_text(picture: Image.Image, x: float, y: float, text: str) -> None:
     try:
         font = ImageFont.load_default(size=13)
     except (ImportError, OSError):              # Pillow without FreeType: its bitmap font
         font = ImageFont.load_default()
-    left, top, right, bottom = font.getbbox(text)
-    corner = x - (left + right) / 2 * centred, y - (top + bottom) / 2
-    ImageDraw.Draw(sheet).text(corner, text, TEXT, font)
+    ImageDraw.Draw(picture).text((x, y), text, (235, 235, 235), font)
+
+
+def save_picture(path: Path, picture: Image.Image) -> None:
+    """Write a picture atomically, in the format of the suffix of `path`. Raises OSError."""
+    atomic_write(path, lambda file: picture.save(file, format=path.suffix[1:].upper()))
+
+
+def side_by_side(pages: list[Image.Image], gap: int = 12) -> Image.Image:
+    """Pictures in one row."""
+    row = Image.new("RGB", (sum(p.width + gap for p in pages) - gap,
+                            max(p.height for p in pages)), "white")
+    left = 0
+    for page in pages:
+        row.paste(page, (left, 0))
+        left += page.width + gap
+    return row
+
+
+def animation(pages: list[Image.Image], milliseconds: int = 120) -> bytes:
+    """A GIF of the pages, the last of which stays for two seconds. Noise compresses badly, hence
+    16 colours for grey pages and 128 for colour."""
+    grey = pages[-1].convert("HSV").getchannel("S").getextrema() == (0, 0)
+    pages = [page.quantize(16 if grey else 128, dither=Image.Dither.NONE) for page in pages]
+    out = io.BytesIO()
+    pages[0].save(out, format="GIF", save_all=True, append_images=pages[1:], loop=0,
+                  duration=[milliseconds] * (len(pages) - 1) + [2000])
+    return out.getvalue()
+
+
+class FrameRecorder:
+    """Records sampling: pass it as `watch`. steps: t -> uint8 batches of the step's results;
+    first: (t, xt, x0_hat) of the first image at each step."""
+
+    def __init__(self):
+        self.steps: dict[int, list[Tensor]] = {}
+        self.first: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, t: int, xt: Tensor, x_next: Tensor, x0_hat: Tensor) -> None:
+        self.steps.setdefault(t, []).append(to_uint8(x_next).cpu())
+        self.first.setdefault(t, (to_uint8(xt[0]).cpu(), to_uint8(x0_hat[0]).cpu()))
+
+    def frames(self, most: int = 24) -> list[Tensor]:
+        """All images after at most `most` of the steps, evenly spaced: uint8 (N, C, H, H) each."""
+        results = list(self.steps.values())
+        at = np.linspace(0, len(results) - 1, min(most, len(results))).round().astype(int)
+        return [torch.cat(results[i]) for i in at]
+
+
+def trajectory(recorder: FrameRecorder, columns: int = 10, scale: int | None = None
+               ) -> Image.Image:
+    """The denoising of the first image, xt above x0_hat, at `columns` of the timesteps."""
+    timesteps = list(recorder.first)
+    at = np.linspace(0, len(timesteps) - 1, min(columns, len(timesteps))).round().astype(int)
+    chosen = [timesteps[i] for i in at]
+    images = torch.stack([recorder.first[t][row] for row in (0, 1) for t in chosen])
+    page = grid(images, len(chosen), scale or max(1, round(84 / images.shape[-1])), title=" ")
+    for column, t in enumerate(chosen):
+        write_text(page, 6 + column * (page.width - 2) / len(chosen), 2, f"t = {t}")
+    return page
+
+
+def label_list(y: Tensor, names: list[str], most: int = 10) -> str:
+    """The classes of the labels y (N,), each once, in the order of their images."""
+    kinds = [names[i] for i in dict.fromkeys(y.tolist())]
+    return ", ".join(kinds[:most]) + f" ... ({len(kinds)} classes)" * (len(kinds) > most)
+
+
+# ---------------------------------------------------------------- files of sample.py
+
+
+def write_outputs(args, grids: list[Tensor], scales: list[float], y: Tensor, names: list[str],
+                  columns: int, recorder: FrameRecorder | None) -> None:
+    """Write every file that the flags ask for. grids: uint8 (N, C, H, H), one per scale. Raises
+    OSError."""
+    if args.out:
+        titles = [f"guidance {s:g}" if len(scales) > 1 else "" for s in scales]
+        save_picture(args.out, side_by_side([grid(images, columns, args.scale, title) for
+                                             images, title in zip(grids, titles, strict=True)]))
+    if args.gif:
+        pages = [grid(images, columns, args.scale) for images in recorder.frames()]
+        atomic_write(args.gif, lambda file: file.write(animation(pages)))
+    if args.trajectory:
+        save_picture(args.trajectory, trajectory(recorder, scale=args.scale))
+    if args.npz:
+        atomic_write(args.npz, lambda file: np.savez(
+            file, grids[0].permute(0, 2, 3, 1).numpy(), y.numpy()))
+    if args.png_dir:
+        for i, label in enumerate(tqdm(y.tolist(), "writing", unit="img", leave=False, delay=1)):
+            pixels = grids[0][i].permute(1, 2, 0).squeeze(-1).numpy()
+            name = re.sub(r"[^\w.-]+", "-", names[label])[:40]      # letters of any language
+            save_picture(args.png_dir / f"{i:05d}-{label:02d}-{name}.png", Image.fromarray(pixels))
+    for path in filter(None, (args.out, args.gif, args.trajectory, args.npz, args.png_dir)):
+        say(f"written: {short(path)}")
+
+
+def loss_curve(path: Path, rows: list[dict]) -> bool:
+    """Draw the loss against the step, and its mean over the last tenth of the steps; False without
+    matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    steps, losses = np.array([(row["step"], row["loss"]) for row in rows]).T
+    sums = np.concatenate([[0], losses.cumsum()])
+    start = np.arange(1, len(losses) + 1) * 9 // 10
+    means = (sums[1:] - sums[start]) / (np.arange(1, len(losses) + 1) - start)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.loglog(steps, losses, lw=0.3, alpha=0.5)
+    axes.loglog(steps, means)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    return True

@@ -5,8 +5,8 @@ Whatever would hide the algorithm in the training loop is here; the loop shows `
 """
 
 import contextlib
-import errno
 import json
+import math
 import os
 import shlex
 import signal
@@ -16,446 +16,346 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from support import checkpoints, components, data, distributed, loggers, paths, settings
-from support.cli import UserError, atomic_write, io_errors, reason
-from support.curves import QUARTERS, loss_curve
-from support.distributed import StepRandom, broadcast_from_rank0
-from support.folders import (
-    CONFIG,
-    checkpoints_in,
-    is_partial_write,
-    is_run_folder,
-    keep_last,
-    lock_folder,
-    new_folder,
-    read_metrics,
-)
-from support.latents import is_latents
-from support.resume import Start, clear_partial_writes, find_start
-from support.seeds import mix_seed
+from support import checkpoint, compute, data, flags, loggers, pictures
+from support.command import UserError, atomic_write, check_target, reason, say, short, warn
+from support.compute import RANK, WORLD, all_reduce, broadcast_from_rank0
 
-NEVER = 2**62       # later than any step
 RECENT = 100        # steps whose mean loss the summary has, as the README's tables
 
 
 class Run:
-    """One training run. In order: Run(...), load_images(), begin(...), steps() with log(...) in
+    """In order: Run(...), load_images(), load_initial(...), begin(...), steps() with log(...) in
     each, finish().
 
-    args: the value of every flag. device; share: this process's slice of a batch.
+    args: the value of every flag. device, precision, compiled, scaler (of fp16): how a step is
+    computed. share: this process's slice of a batch.
     """
 
-    def __init__(self, given: dict, defaults: settings.Settings):
-        self.device = distributed.join(given.get("device"))
-        self.given = given = broadcast_from_rank0(lambda: defaults.with_config(given))
-        self._start: Start | None = None
+    def __init__(self, argv: list[str] | None, description: str, recipe: dict, presets: dict,
+                 choices: dict):
+        defaults = {**flags.OTHERS, **recipe}
+        given = vars(flags.train_parser(description, defaults, choices).parse_args(argv))
+        self.device = compute.pick_device(given.get("device"))
+        if "config" in given:
+            given = {**broadcast_from_rank0(lambda: flags.read_config(given["config"], {
+                **defaults, **presets["cpu"]})), **given}
+        if "resume" in given and "init_from" in given:
+            raise UserError("--resume continues a run, --init-from starts a new one: give one")
+        self.given, self.folder, self.lock, self.source = given, None, None, None
+        self.resumed = broadcast_from_rank0(self.find_start)
+        preset = presets["gpu" if self.device.type == "cuda" else "cpu"]
+        self.args = args = flags.resolve(given, {**defaults, **preset},
+                                         self.resumed and self.resumed["config"]["recipe"])
+        self.precision = compute.pick_precision(args.precision, self.device, training=True)
+        self.compiled = compute.pick_compile(args.compile, self.device, args.steps)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.share = compute.share_of(args.batch_size)
+        self.start = self.done = self.resumed["step"] if self.resumed else 0
+        self.stop = min(args.steps, self.start + (args.stop_after or args.steps))
+        self.pending: list[tuple] = []      # (loss, t, grad_norm, lr) of each step, on the device
+        self.unwritten, self.recent, self.saved = "", deque(maxlen=RECENT), None
+        self.signal, self.logger = 0, loggers.Guarded(None)
 
-        def start() -> tuple:
-            self._start = find_start(given)     # the lock stays with rank 0
-            return self._start.state, self._start.recipe, self._start.content
-
-        self.resumed, recipe, content = broadcast_from_rank0(start)
-        self.args = defaults.resolve(given, self.device.type, recipe,
-                                     settings.inherited_from(content))
-        components.check_flags(self.args)
-        broadcast_from_rank0(lambda: loggers.check(self.args.logger))
-        self.initial_weights = content and checkpoints.weights_in(content, given["init_from"])
-        self.share = distributed.share_of(self.args.batch_size, self.args.grad_accum)
-        self.start = self.resumed["step"] if self.resumed else 0
-        self.stop = min(self.args.steps, self.start + (self.args.stop_after or self.args.steps))
-        self.folder = self._start and self._start.folder
-        self.signals, self.agreed, self.saved_at = StopSignals(), 0, None
-        self.seconds = 0.0
-
-    # ------------------------------------------------------------ data and weights
+    def find_start(self) -> dict | None:
+        """The checkpoint that --resume asks for, whose folder is then locked. On rank 0."""
+        if "resume" not in self.given:
+            return None
+        out, path = (self.given.get(key) and Path(self.given[key]) for key in ("out", "resume"))
+        self.folder = folder = out or (path.parent if path else checkpoint.newest_run())
+        if path is None:
+            if folder is None or not checkpoint.checkpoints_in(folder):
+                raise UserError(f"no run to resume{f' in {out}' * bool(out)}: start one without "
+                                f"--resume")
+            self.source, self.lock = folder, checkpoint.lock_folder(folder)
+            return checkpoint.newest_valid(folder)
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: --resume --out {path} continues the run in it")
+        state, self.source = checkpoint.load(path, full=True), path.parent
+        branch = folder.resolve() != path.parent.resolve()
+        if branch and folder.is_dir() and any(folder.iterdir()) or not branch and any(
+                int(p.stem[5:]) > state["step"] for p in checkpoint.checkpoints_in(folder)):
+            raise UserError(f"{folder} holds other work: give a new --out to branch off from "
+                            f"{path}")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = checkpoint.lock_folder(folder)
+        return state
 
     def load_images(self) -> data.ImageSet:
-        """The data set that the flags name; glyphs, with a banner, where they name none and MNIST
-        cannot be had. Rank 0 loads (or downloads) first, then one process of each other machine.
-        Raises UserError where it is not the data of the resumed run, or differs between ranks."""
-        args, found = self.args, None
-        named = "dataset" in self.given or "data_dir" in self.given or "resume" in self.given
+        """The data set that the flags name. Rank 0 loads (or downloads) it first. Raises UserError
+        where it is not the resumed run's, or differs between the processes."""
+        args = self.args
+        named = self.resumed or {"dataset", "data_dir", "config"} & self.given.keys()
+        found = []
 
-        def load(dataset: str) -> data.ImageSet:
-            return data.load(dataset, args.data_dir, args.image_size,
-                             celeba_attribute=args.celeba_attribute)
+        def load() -> dict:
+            images = data.load_or_glyphs(args.dataset, args.data_dir, args.image_size, named)
+            found.append(images)
+            return dict(dataset=images.name, images=len(images.images), image_size=images.size,
+                        channels=images.channels, digest=images.digest())
 
-        def fetch() -> str:
-            nonlocal found
-            try:
-                found = load(args.dataset)
-            except data.DataMissing as missing:
-                if named:
-                    raise
-                distributed.say("=" * 80, f"NO MNIST: {missing}", "Training on GLYPHS instead: "
-                                "digits drawn with a font, not handwritten ones.", "=" * 80)
-                found = load("glyphs")
-                return "glyphs"
-            return args.dataset
+        about = broadcast_from_rank0(load)
+        if ":" not in args.dataset:
+            args.dataset = about["dataset"]
+        self.about_data = about if RANK == 0 else load()
+        if self.about_data != about:
+            raise UserError(f"process {RANK} has other data than process 0: {self.about_data} "
+                            f"here, {about} there")
+        recorded = {**self.resumed["config"]["data"], "dataset": about["dataset"]} \
+            if self.resumed else about
+        if recorded != about:
+            raise UserError(f"the data set is not the run's: {about} here, {recorded} there")
+        return found[0]
 
-        args.dataset = broadcast_from_rank0(fetch)
-        first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
-        if found is None and first_here:
-            found = load(args.dataset)
-        distributed.barrier()
-        images = found or load(args.dataset)
-        self.about_data = dict(
-            dataset=images.name, images=len(images.images), image_size=images.size,
-            channels=images.channels, digest=images.digest())
-        if self.resumed:
-            recorded = {**self.resumed["config"]["data"], "dataset": images.name}
-            if recorded != self.about_data:
-                raise UserError(f"the data set is not the checkpoint's: {self.about_data} here, "
-                                f"{recorded} there")
-        if (first := broadcast_from_rank0(lambda: self.about_data)) != self.about_data:
-            raise UserError(f"process {distributed.rank()} has other data than process 0: "
-                            f"{self.about_data} here, {first} there")
-        if "model" not in self.given and not self.resumed and not self.initial_weights:
-            args.model = settings.largest_fitting_patch(args.model, self.about_data["image_size"])
-        return images
-
-    def build(self, cls: type, model: str, arguments: dict) -> torch.nn.Module:
-        """A network with weights decided by --seed, or by --init-from as far as its file fits, on
-        the device. Raises UserError for sizes that do not fit together."""
-        torch.manual_seed(mix_seed(self.args.seed, "init"))
-        try:
-            network = cls(**arguments)
-        except ValueError as error:
-            side = self.about_data["image_size"]
-            raise settings.unfit_model(model, side, error) from None
-        if self.initial_weights:
-            misfits = checkpoints.load_fitting(network, self.initial_weights)
-            distributed.say(f"weights from {self.given['init_from']}; the others are initialised:",
-                            *(f"  {line}" for line in misfits or ["(none: all fit)"]))
-        return network.to(self.device)
+    def load_initial(self, model: torch.nn.Module, class_names: list[str]) -> None:
+        """Copy the weights of --init-from into a new model, as far as they fit."""
+        if self.args.init_from:
+            checkpoint.load_fitting(model, checkpoint.find_checkpoint(self.args.init_from))
 
     # ------------------------------------------------------------ beginning and end
 
-    def begin(self, state, config: dict, class_names: list[str],
-              preview: Callable[[Path, int, Callable[[], int]], None]) -> None:
-        """Restore the resumed state, or open the folder and write config.json and a checkpoint of
-        step 0, which is read back: a kill from here on loses nothing but work.
-
-        preview(path, step, stopped) draws a picture; it may give up once stopped() is true.
-        """
-        if is_latents(self.about_data["dataset"]):
-            preview.latents = True
-            config = {**config, "sampling": {**config["sampling"], "latents": True}}
-        self.state, self.class_names, self.preview = state, class_names, preview
-        self.config = {**config, "data": self.about_data, "recipe": settings.to_record(self.args)}
+    def begin(self, model, ema, optimizers: list, diffusion, config: dict, class_names: list[str],
+              preview: Callable[[], tuple[Tensor, int]]) -> None:
+        """Restore the resumed state, or open a folder and write the checkpoint of step 0, which is
+        read back: a kill from here on loses nothing but work. preview(): (images, columns)."""
+        self.model, self.ema, self.optimizers, self.diffusion = model, ema, optimizers, diffusion
+        self.config = {**config, "data": self.about_data, "recipe": flags.recipe_of(self.args)}
+        self.class_names, self.preview = class_names, preview
         if self.resumed:
-            state.load_state_dict(self.resumed)
-        if self.start < self.stop:
-            self.folder = broadcast_from_rank0(self._open_folder)
-            self._print_settings()
-        else:
-            distributed.say(
-                f"{self.folder} is complete at step {self.start:,}: a larger --steps continues it"
-                if self.start == self.args.steps else
-                f"{self.folder} is at step {self.start:,} already, beyond --steps "
-                f"{self.args.steps:,}")
-        self.metrics = Metrics(self)
-        logs = distributed.rank() == 0 and self.start < self.stop
-        self.logger = loggers.Logger(self.args.logger if logs else "none", self.folder,
-                                     self.config, self.start)
+            checkpoint.restore(self.resumed, model, ema, optimizers, self.scaler)
+        if self.start >= self.stop:
+            say(f"{short(self.folder)} is at step {self.start:,} already: a larger --steps "
+                f"continues it")
+            return
+        self.folder = broadcast_from_rank0(self.open_folder)
+        if self.args.logger != "none":
+            broadcast_from_rank0(self.open_logger)
+        args, about, size = self.args, self.about_data, sum(p.numel() for p in model.parameters())
+        side, kinds = about["image_size"], len(class_names)
+        say(f"{args.model} on {about['dataset']} ({about['images']:,} images, {about['channels']}x"
+            f"{side}x{side}, {kinds} class{'es' * (kinds > 1)}): {size:,} parameters",
+            f"{self.device.type}, {self.precision}{', compiled' * self.compiled}, {WORLD} process"
+            f"{'es' * (WORLD > 1)}: steps {self.start:,} to {self.stop:,} of {args.steps:,}, batch "
+            f"{args.batch_size}, predicts {args.prediction}, weighting {args.weighting}, "
+            f"{args.optimizer}",
+            f"run folder: {short(self.folder)}",
+            *["compiling: the first step takes up to a minute"] * self.compiled)
 
-    def _open_folder(self) -> Path:
-        start, args = self._start, self.args
-        folder = start.folder
-        if folder is None:
-            label = f"{self.about_data['dataset']}-{args.model}"
-            folder = Path(args.out or paths.short(new_folder(paths.OUTPUT, label)))
-            with io_errors(f"cannot make the folder {folder}"):
-                folder.mkdir(parents=True, exist_ok=True)
-            holds_run = is_run_folder(folder) or (folder / "metrics.jsonl").exists()
-            if not holds_run and any(p.name != "lock" and not is_partial_write(p)
-                                     for p in folder.iterdir()):
-                raise UserError(f"{folder} is not empty: give --out a new folder")
-            start.lock = lock_folder(folder)
-            if is_run_folder(folder) or (folder / "metrics.jsonl").exists():
-                raise UserError(f"{folder} already holds a run: --resume --out {folder} continues "
-                                f"it, another --out starts a new one")
+    def open_folder(self) -> Path:
+        folder = self.folder
+        if not self.resumed:
+            label = f"{self.about_data['dataset']}-{self.args.model}"
+            folder = Path(self.args.out) if self.args.out else checkpoint.new_folder(label)
+            check_target(folder / "config.json", force=True)
+            if any(p.name != "lock" and p.suffix != ".tmp" for p in folder.iterdir()):
+                raise UserError(f"{folder} is not empty: --resume --out {folder} continues a run, "
+                                f"another --out starts one")
+            self.lock = checkpoint.lock_folder(folder)
         self.folder = folder
-        with io_errors(f"cannot write in {folder}"):
-            text = json.dumps(self.config, indent=1) + "\n"
-            elsewhere = self.resumed or self.initial_weights    # which config.json does not hold
-            if not elsewhere:
-                atomic_write(folder / CONFIG, lambda file: file.write(text.encode()))
-            first = folder / f"step_{self.start:07d}.pt"
-            if not first.exists():
-                self._save(self.start)
-                try:
-                    checkpoints.load(first, full=True)
-                except UserError as error:
-                    first.unlink()
-                    if not self.resumed:
-                        (folder / CONFIG).unlink(missing_ok=True)
-                    raise UserError(f"nothing was trained, since the checkpoints of this run "
-                                    f"could not be read: {error}") from None
-            if elsewhere:
-                atomic_write(folder / CONFIG, lambda file: file.write(text.encode()))
-            if self.resumed:
-                self._begin_resume(start.source)
+        for unfinished in folder.glob(".*.tmp"):                    # of a kill
+            unfinished.unlink()
+        first = folder / f"step_{self.start:07d}.pt"
+        if not first.exists():
+            self.save()
+            try:
+                checkpoint.load(first, full=True)
+            except UserError as error:
+                first.unlink()
+                raise UserError(f"nothing was trained, since the checkpoints of this run could not "
+                                f"be read: {error}") from None
+        rows = {row["step"]: row for row in checkpoint.read_metrics(self.source)
+                if row["step"] <= self.start} if self.source else {}
+        record = "".join(json.dumps(rows[step]) + "\n" for step in sorted(rows))
+        for name, text in (("config.json", json.dumps(self.config, indent=1) + "\n"),
+                           ("metrics.jsonl", record)):
+            atomic_write(folder / name, lambda file, text=text: file.write(text.encode()))
+        self.recent.extend(row["loss"] for row in rows.values() if "loss" in row)
         return folder
 
-    def _begin_resume(self, source: Path) -> None:
-        """Cut the record of losses at the step of the checkpoint. Call last, after validation."""
-        distributed.say(f"resuming {self.folder} at step {self.start:,}")
-        clear_partial_writes(self.folder)
-        rows = {row["step"]: row for row in read_metrics(source / "metrics.jsonl")
-                if row["step"] <= self.start}
-        text = "".join(json.dumps(rows[step]) + "\n" for step in sorted(rows))
-        atomic_write(self.folder / "metrics.jsonl", lambda file: file.write(text.encode()))
-
-    def _print_settings(self) -> None:
-        args, about, world = self.args, self.about_data, distributed.world_size()
-        parameters = sum(p.numel() for p in self.state.model.parameters())
-        side = about["image_size"]
-        distributed.say(
-            f"{args.model} on {about['dataset']} ({about['images']:,} images, "
-            f"{about['channels']}x{side}x{side}, {len(self.class_names)} "
-            f"class{'es' * (len(self.class_names) > 1)}): {parameters:,} parameters",
-            f"{self.device.type}, {self.state.precision}{', compiled' * self.state.compiled}, "
-            f"{world} process{'es' * (world > 1)}: steps {self.start:,} to {self.stop:,} of "
-            f"{args.steps:,}, batch {args.batch_size}, predicts {args.prediction}, "
-            f"{args.optimizer}",
-            f"run folder: {paths.short(self.folder)}",
-            *["compiling: the first step takes up to a minute"] * self.state.compiled)
+    def open_logger(self) -> None:
+        self.logger = loggers.Guarded(loggers.open_logger(
+            self.args.logger, self.folder, self.config, self.start))
 
     def finish(self) -> int:
         """Disconnect the processes and print the summary. Returns the exit status."""
-        self.state.loss = None                  # frees DistributedDataParallel first
-        distributed.shut_down()
-        if self._start and self._start.lock:
-            self._start.lock.close()
-        if self.start >= self.stop:
-            return 0
-        if distributed.rank() == 0:
-            self._print_summary()
-        return 128 + self.signals.received if self.signals.received else 0
-
-    def _print_summary(self) -> None:
-        done, newest = self.metrics.recorded, self._last_saved()
-        if self.saved_at != done:
-            raise UserError(f"step {done} could not be saved; the last checkpoint is {newest}",
+        self.model = self.ema = self.optimizers = None      # DistributedDataParallel goes first
+        if WORLD > 1:
+            dist.destroy_process_group()
+        if self.lock:
+            self.lock.close()
+        if RANK > 0 or self.done == self.start:
+            return 128 + self.signal if self.signal else 0
+        newest = short((checkpoint.checkpoints_in(self.folder) or ["none"])[-1])
+        if self.saved != self.done:
+            raise UserError(f"step {self.done} could not be saved; the last checkpoint is {newest}",
                             status=1)
-        took = (f"{self.seconds / 60:.1f} minutes" if self.seconds >= 60 else
-                f"{self.seconds:.2g} seconds")
-        recent = self.metrics.recent
-        distributed.say(f"{done - self.start:,} steps in {took}, loss "
-                        f"{sum(recent) / len(recent):.4f} (last {len(recent)} steps); saved: "
-                        f"{newest}")
-        if done < self.args.steps:
+        took = f"{self.seconds / 60:.1f} minutes" if self.seconds >= 60 else \
+            f"{self.seconds:.2g} seconds"
+        say(f"{self.done - self.start:,} steps in {took}, loss "
+            f"{sum(self.recent) / len(self.recent):.4f} (last {len(self.recent)} steps); saved: "
+            f"{newest}")
+        if self.done < self.args.steps:
             device = ["--device", self.args.device] if self.args.device else []
-            distributed.say(f"stopped at step {done:,} of {self.args.steps:,}; to continue: "
-                            + shlex.join(["python", "train_mnist.py", "--resume", "--out",
-                                          paths.short(self.folder), *device]))
-        elif (curve := loss_curve(self.folder)) is not None:
-            distributed.say(f"loss curve: {paths.short(curve)}")
-        if not self.signals.received:
-            words = ["-m", "tools.latents", "sample", newest, "--vae", "VAE"] if is_latents(
-                self.about_data["dataset"]) else ["sample.py", newest]
-            distributed.say("next: " + shlex.join(["python", *words]))
+            say(f"stopped at step {self.done:,} of {self.args.steps:,}; to continue: " + shlex.join(
+                ["python", "train_mnist.py", "--resume", "--out", short(self.folder), *device]))
+        else:
+            self.guarded(lambda: pictures.loss_curve(
+                self.folder / "loss.png", checkpoint.read_metrics(self.folder)), "loss.png")
+            say("next: " + shlex.join(["python", "sample.py", newest]))
+        return 128 + self.signal if self.signal else 0
 
     # ------------------------------------------------------------ steps
+
+    def replayed(self, step: Callable) -> Callable:
+        """The step as it will be called."""
+        return step
 
     def steps(self) -> Iterator[int]:
         """The steps of this call, with a progress bar; previews and checkpoints between them. A
         signal ends it after a step."""
         if self.start >= self.stop:
             return
-        begun = time.perf_counter()
-        with self.signals, self.logger, self.metrics.progress_bar():
-            for step in range(self.start, self.stop):
-                yield step
-                if self._after(step + 1):
+        args, begun, self.clock = self.args, time.perf_counter(), time.perf_counter()
+        with self.signals(), tqdm(total=args.steps, initial=self.start, unit="step", smoothing=0.1,
+                                  dynamic_ncols=True, disable=RANK > 0) as self.bar:
+            while self.done < self.stop:
+                yield self.done
+                self.done += 1
+                self.bar.update()
+                end, stopped = self.done == self.stop, self.signal
+                if WORLD > 1:                       # all processes stop at the same step
+                    stopped = int(all_reduce(torch.tensor(self.signal), dist.ReduceOp.MAX)) \
+                        if end or self.done % 10 == 0 else 0
+                    self.signal = stopped or self.signal
+                due = bool(end or stopped or self.done % args.save_every == 0)
+                if due or len(self.pending) == args.log_every:
+                    self.flush()
+                if due:
+                    self.guarded(self.save, f"step {self.done}")
+                if end or self.done % args.preview_every == 0 and not stopped:
+                    self.flush()
+                    self.guarded(self.draw_preview, "the preview")
+                    self.clock = time.perf_counter()
+                if stopped:
                     break
-            self.seconds = time.perf_counter() - begun
+        self.seconds = time.perf_counter() - begun
+        self.logger("close")
 
-    def random(self, step: int) -> StepRandom:
+    def random(self, step: int) -> compute.StepRandom:
         """The random numbers of a step: a function of --seed and the step alone."""
-        return StepRandom(self.device, self.args.seed, step, self.args.batch_size, self.share)
+        return compute.StepRandom(self.device, self.args.seed, step, self.args.batch_size,
+                                  self.share)
 
-    def log(self, *, t: Tensor, **numbers: Tensor | float) -> None:
-        """Record this step's numbers (of tensors, the mean), and the mean of `loss` (B,) in each
-        quarter of the timesteps t (B,), without waiting for the device."""
-        self.metrics.record(numbers, t)
-
-    def _after(self, done: int) -> bool:
-        """Checkpoints and previews where they are due, or asked for by a signal. True when the
-        run must end after this step."""
-        end = done == self.stop
-        alone = distributed.world_size() == 1
-        if not alone and (end or done % 10 == 0):           # the ranks stop at the same step
-            self.signals.received = self.agreed = distributed.all_reduce_max(self.signals.received)
-        stopped = self.signals.received if alone else self.agreed
-        if end or stopped or done % self.args.save_every == 0:
-            self._checkpoint(done)
-        if end or (done % self.args.preview_every == 0 and not stopped):
-            self.metrics.flush()
-            if distributed.rank() == 0:
-                path = self.folder / "samples" / f"step_{done:07d}.png"
-                try:
-                    self.preview(path, done, lambda: self.signals.received)
-                    self.logger.preview(path, done)
-                except OSError as error:
-                    distributed.warn(f"{path} cannot be written ({reason(error)})")
-            self.metrics.restart_clock()
-        return bool(end or stopped)
-
-    def _save(self, done: int) -> None:
-        checkpoints.save(self.folder / f"step_{done:07d}.pt", dict(
-            step=done, config=self.config, class_names=self.class_names,
-            **self.state.state_dict()))
-        keep_last(self.folder, self.args.keep)
-
-    def _checkpoint(self, done: int) -> None:
-        """Save, unless a number was not finite. On a write error, warn and continue."""
-        self.metrics.flush()
-        if distributed.rank() == 0:
-            try:
-                self._save(done)
-                self.saved_at = done
-            except OSError as error:
-                distributed.warn(f"step {done} cannot be saved in {self.folder} "
-                                 f"({reason(error)}): training continues; the last checkpoint is "
-                                 f"{self._last_saved()}")
-        self.metrics.restart_clock()
-
-    def _last_saved(self) -> str:
-        found = checkpoints_in(self.folder)
-        return paths.short(found[-1]) if found else "none"
-
-
-class Metrics:
-    """The numbers of every step: kept on the device, read every --log-every steps, written to
-    metrics.jsonl and shown in the progress bar."""
-
-    def __init__(self, run: Run):
-        self.run, self.device = run, run.device
-        self.recorded, self.read = run.start, run.start
-        self.columns: list[str] = []
-        self.first_bad = torch.full((), NEVER, device=run.device, dtype=torch.int64)
-        self.unwritten: list[str] = []
-        before = read_metrics(run.folder / "metrics.jsonl") if run.start else []
-        self.recent = deque((row["loss"] for row in before if isinstance(row.get("loss"), float)),
-                            maxlen=RECENT)
-
-    @contextlib.contextmanager
-    def progress_bar(self) -> Iterator[None]:
-        self.restart_clock()
-        self.bar = tqdm(total=self.run.args.steps, initial=self.run.start, unit="step",
-                        dynamic_ncols=True, disable=distributed.rank() > 0, smoothing=0.1)
-        with self.bar:
-            yield
-
-    def restart_clock(self) -> None:
-        self.clock = time.perf_counter()
-
-    def record(self, numbers: dict, t: Tensor) -> None:
-        if not self.columns:
-            self.columns = list(numbers)
-            length = min(self.run.args.log_every, self.run.stop - self.run.start)
-            self.quarters = torch.arange(len(QUARTERS), device=self.device)
-            self.buffer = torch.zeros(length, len(self.columns) + 2 * len(QUARTERS),
-                                      device=self.device)
-            scaled = self.run.state.scaler.is_enabled()     # fp16: inf gradients are expected
-            self.ignored = torch.tensor([c == "grad_norm" and scaled for c in self.columns],
-                                        device=self.device)
-        row = torch.stack([     # full() fills on the device; a copy from the host would wait for it
-            n.detach().float().mean() if isinstance(n, Tensor) else
-            torch.full((), n, device=self.device) for n in numbers.values()])
-        quarter = t * len(QUARTERS) // self.run.state.num_timesteps
-        inside = quarter[:, None] == self.quarters                              # (B, 4)
-        sums = (inside * numbers["loss"].detach().float()[:, None]).sum(dim=0)
-        self.buffer[self.recorded - self.read] = torch.cat([row, sums, inside.sum(dim=0)])
-        good = (row.isfinite() | self.ignored).all() | (self.first_bad != NEVER)
-        self.recorded += 1
-        self.first_bad = torch.where(good, self.first_bad, self.recorded)
-        self.bar.update()
-        if self.recorded - self.read == len(self.buffer):
-            self.flush()
+    def log(self, *, loss: Tensor, t: Tensor, grad_norm: Tensor, lr: float) -> None:
+        """Keep this step's loss (B,), timesteps (B,) and gradient norm, without waiting for the
+        device: they are read every --log-every steps."""
+        self.pending.append((loss, t, grad_norm, lr))
 
     def flush(self) -> None:
-        """Read the device's record: rows to metrics.jsonl, the loss to the bar. Raises UserError
-        at a step that was not finite, before anything of it is saved or shown."""
-        count = self.recorded - self.read
-        if not count:
+        """Append the pending steps to metrics.jsonl. Raises UserError at a step that was not
+        finite, before anything of it is saved."""
+        if not self.pending:
             return
-        rows = distributed.all_reduce_mean(self.buffer[:count].clone()).tolist()
-        first_bad = -distributed.all_reduce_max(-int(self.first_bad))
-        named = [{"step": step, **{c: float(f"{n:.7g}") for c, n in self._named(row)}}
-                 for step, row in enumerate(rows, self.read + 1) if step < first_bad]
-        self.unwritten += map(json.dumps, named)
-        self.read = self.recorded
-        self._write()
-        self.run.logger.log(named)
-        if first_bad != NEVER:
-            raise UserError(
-                f"the loss or its gradient is not finite at step {first_bad}: nothing of it is "
-                f"saved; the last good checkpoint is {self.run._last_saved()}. Start again with a "
-                f"lower --lr, a longer --warmup or --precision fp32", status=1)
-        seconds = time.perf_counter() - self.clock
-        self.restart_clock()
-        self.recent.extend(row[0] for row in rows)
-        self.bar.set_postfix_str(f"loss {sum(row[0] for row in rows) / count:.4f}, "
-                                 f"{count * self.run.args.batch_size / seconds:,.0f} images/s",
-                                 refresh=False)
+        table = torch.stack([self.row(*numbers) for numbers in self.pending])
+        table = (all_reduce(table) / WORLD).tolist()
+        lines, first = [], self.done - len(table) + 1
+        for step, (loss, loss_eps, norm, lr, *quarters) in enumerate(table, first):
+            row = dict(loss=loss, loss_eps=loss_eps, grad_norm=norm, lr=lr, **{
+                f"loss_q{i + 1}": quarters[i] / quarters[4 + i] for i in range(4)
+                if quarters[4 + i]})
+            if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+                self.write_rows(lines)
+                raise UserError(
+                    f"the loss or its gradient is not finite at step {step}: nothing of it is "
+                    f"saved. Start again with a lower --lr, a longer --warmup or --precision fp32",
+                    status=1)
+            lines.append(dict(step=step, **{k: float(f"{v:.7g}") for k, v in row.items()}))
+            self.recent.append(loss)
+        self.pending = []
+        self.write_rows(lines)
+        seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+        self.bar.set_postfix_str(
+            f"loss {sum(row[0] for row in table) / len(table):.4f}, "
+            f"{len(table) * self.args.batch_size / seconds:,.0f} images/s", refresh=False)
 
-    def _named(self, row: list[float]) -> Iterator[tuple[str, float]]:
-        """The names and values of a buffer's row. Its sums and counts are means over the ranks,
-        whose ratio is that of the totals; a quarter without an image has no value."""
-        end = len(self.columns)
-        yield from zip(self.columns, row, strict=False)
-        for name, total, count in zip(QUARTERS, row[end:], row[end + len(QUARTERS):], strict=False):
-            if count:
-                yield name, total / count
+    def row(self, loss: Tensor, t: Tensor, grad_norm: Tensor, lr: float) -> Tensor:
+        """(12,): the means of the step's numbers; in each quarter of the timesteps the sum of the
+        losses and their count."""
+        loss, quarter = loss.float(), t * 4 // self.diffusion.num_timesteps
+        inside = quarter[:, None] == torch.arange(4, device=t.device)               # (B, 4)
+        means = [loss.mean(), loss_in_eps(self.diffusion, loss, t).mean(), grad_norm.float(),
+                 torch.full((), lr, device=t.device)]
+        return torch.cat([torch.stack(means), (inside * loss[:, None]).sum(0), inside.sum(0)])
 
-    def _write(self) -> None:
-        if distributed.rank() > 0 or not self.unwritten:
-            return
-        path = self.run.folder / "metrics.jsonl"
+    def write_rows(self, rows: list[dict]) -> None:
+        self.unwritten += "".join(json.dumps(row) + "\n" for row in rows)
+        self.guarded(self.append, "metrics.jsonl")
+        self.logger("log", rows)
+
+    def append(self) -> None:
+        """Append the unwritten rows; of those that do not fit on the disk, nothing."""
+        with open(self.folder / "metrics.jsonl", "ab", buffering=0) as file:
+            size, text = file.tell(), self.unwritten.encode()
+            if file.write(text) < len(text):
+                file.truncate(size)
+                raise OSError(28, os.strerror(28))
+        self.unwritten = ""
+
+    def save(self) -> None:
+        checkpoint.save(self.folder / f"step_{self.done:07d}.pt", dict(
+            step=self.done, config=self.config, class_names=self.class_names,
+            ema=self.ema.state_dict(), model=self.model.state_dict(),
+            opt={i: opt.state_dict() for i, opt in enumerate(self.optimizers)},
+            scaler=self.scaler.state_dict()))
+        self.saved = self.done
+        for old in checkpoint.checkpoints_in(self.folder)[:-self.args.keep]:
+            old.unlink(missing_ok=True)
+
+    def draw_preview(self) -> None:
+        path = self.folder / "samples" / f"step_{self.done:07d}.png"
+        pictures.save_picture(path, pictures.grid(*self.preview()))
+        self.logger("preview", path, self.done)
+
+    def guarded(self, write: Callable, what: str) -> None:
+        """On a write error (a full disk ...) warn, and train on."""
+        if RANK == 0:
+            try:
+                write()
+            except OSError as error:
+                warn(f"{what} cannot be written in {self.folder} ({reason(error)}): training "
+                     f"continues")
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM ask for a stop after the step; a second Ctrl-C stops at once.
+        torchrun forwards its own signals, so under it a SIGINT within a second is no second one."""
+        since = 0.0
+
+        def handle(signum: int, frame) -> None:
+            nonlocal since
+            forwarded = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - since < 1
+            if self.signal and signum == signal.SIGINT and not forwarded:
+                os.write(2, b"\nstopped at once; the last checkpoint is kept\n")
+                os._exit(130)
+            if not self.signal:
+                self.signal, since = signum, time.monotonic()
+                os.write(2, b"\nstopping after this step, with a checkpoint\n")
+
+        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            rows = ("\n".join(self.unwritten) + "\n").encode()
-            with open(path, "ab", buffering=0) as file:
-                before = file.tell()
-                if file.write(rows) < len(rows):            # the disk is full: no partial line
-                    file.truncate(before)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self.unwritten = []
-        except OSError as error:
-            distributed.warn(f"{path} cannot be written ({reason(error)}): training continues, "
-                             f"and the rows will be written with the next ones")
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
 
-class StopSignals:
-    """Ctrl-C and SIGTERM ask for a stop after the step; a second Ctrl-C stops at once.
-
-    torchrun forwards its own signals to its processes: a SIGTERM after a Ctrl-C is never a second
-    Ctrl-C, nor is a SIGINT within a second of the first.
-    """
-
-    def __init__(self):
-        self.received = 0
-        self._since = 0.0
-
-    def __enter__(self) -> "StopSignals":
-        self._before = {signum: signal.signal(signum, self._on_signal)
-                        for signum in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _on_signal(self, signum: int, frame) -> None:
-        forwarded = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._since < 1
-        if self.received and signum == signal.SIGINT and not forwarded:
-            os.write(2, b"\nstopped at once; the last checkpoint is kept\n")
-            os._exit(130)
-        if not self.received:
-            self.received, self._since = signum, time.monotonic()
-            os.write(2, b"\nstopping after this step, with a checkpoint\n")
+def loss_in_eps(diffusion, loss: Tensor, t: Tensor) -> Tensor:
+    """The errors (B,) of `loss` as errors in eps, so that losses of different predictions can be
+    compared: for a given xt, eps_hat is linear in the output. It is the output times alpha for v,
+    times alpha / sigma for x0."""
+    alpha, sigma = diffusion.alpha[t], diffusion.sigma[t]
+    ratio = {"eps": torch.ones_like(alpha), "v": alpha, "x0": alpha / sigma}[diffusion.prediction]
+    return loss / diffusion.loss_weight(t) * ratio.square()

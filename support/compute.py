@@ -1,0 +1,217 @@
+"""Where and how a step is computed: the device, the number format, the compiler, the processes
+under torchrun; and random numbers that depend on none of these."""
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+
+from support.command import UserError
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+COMPILE_PAYS = {"cpu": 3000, "cuda": 3000}  # steps after which compiling has paid: docs/speed.md
+
+# ---------------------------------------------------------------- device, format, compiler
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The named device, else the fastest; under torchrun one GPU per process, and the processes
+    are connected. Raises UserError where it is not available."""
+    name = str(name) if name else ("cuda" if torch.cuda.is_available() else
+                                   "mps" if torch.backends.mps.is_available() else "cpu")
+    if WORLD > 1 and name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+        torch.empty(1, device=device)
+    except torch.OutOfMemoryError:
+        raise                               # it exists, and is full
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name} is not available here: use cpu, cuda or mps, whichever "
+                        f"this machine has") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")                      # TF32
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def pick_precision(name: str, device: torch.device, training: bool = False) -> str:
+    """The number format of matrix products. auto: bf16 where the hardware multiplies it, fp16 for
+    training on a GPU that does not (a T4), else fp32 (TF32 on a GPU)."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        return "fp16" if training else "fp32"
+    fast = device.type == "cpu" and any(getattr(torch.cpu, f"_is_{unit}_supported", bool)()
+                                        for unit in ("avx512_bf16", "amx_tile"))
+    return "bf16" if fast else "fp32"
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, precision: str):
+    """Matrix products in `precision`. On a CPU, the backward of attention's bf16 kernel is several
+    times slower than the plain products of the MATH backend, which is therefore selected there."""
+    if precision == "fp32":
+        yield
+        return
+    kernels = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+    with torch.autocast(device.type, DTYPES[precision]), kernels:
+        yield
+
+
+class Autocast(nn.Module):
+    """A network whose forward, and nothing around it, runs in `precision`."""
+
+    def __init__(self, model: nn.Module, device: torch.device, precision: str):
+        super().__init__()
+        self.model, self.device, self.precision = model, device, precision
+
+    def forward(self, xt: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with autocast(self.device, self.precision):
+            return self.model(xt, t, y)
+
+
+def prepare(model: nn.Module, device: torch.device, precision: str, compiled: bool) -> nn.Module:
+    """The model as the training loop calls it: in mixed precision, compiled, and averaging its
+    gradients over the processes. Its parameters are those of `model`, in their order."""
+    net = Autocast(model, device, precision)
+    if compiled:
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "no GPU found"
+        net.compile()
+    if WORLD > 1:
+        # about the strides of one small gradient: nothing that a user could change
+        warnings.filterwarnings("ignore", message="Grad strides do not match")
+        net = DistributedDataParallel(
+            net, device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False, gradient_as_bucket_view=True)
+    return net
+
+
+def pick_compile(wanted: bool | None, device: torch.device, steps: int) -> bool:
+    """--compile or --no-compile; by default where a compiler is found and the run is long enough
+    for the faster steps to make up for the time that compiling takes."""
+    missing = {"cpu": not any(map(shutil.which, ("g++", "c++", "clang++", "cl"))),
+               "cuda": importlib.util.find_spec("triton") is None}.get(device.type, True)
+    if wanted and missing:
+        raise UserError("--compile needs a C++ compiler (g++ or clang++) on a CPU, the package "
+                        "triton on a GPU")
+    if wanted is None:
+        # nobody asked for it: where the compiler fails, training continues without
+        torch._dynamo.config.suppress_errors = True
+        return not missing and steps >= COMPILE_PAYS[device.type]
+    return wanted
+
+
+def set_learning_rates(optimizers: list, factor: float) -> None:
+    """Set every learning rate to `factor` times its initial value, in place where it is a tensor
+    (that a captured step reads)."""
+    for opt in optimizers:
+        for group in opt.param_groups:
+            lr = group.setdefault("initial_lr", float(group["lr"])) * factor
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+
+# ---------------------------------------------------------------- processes
+
+
+def all_reduce(x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
+    """The sum (or `op`) of x over all processes, in place. CPU tensors go through gloo."""
+    if WORLD > 1:
+        dist.all_reduce(x, op=op)
+    return x
+
+
+def broadcast_from_rank0(make: Callable):
+    """make() on rank 0; its (picklable) result, or its UserError, on every rank."""
+    if WORLD == 1:
+        return make()
+    box = [None, None]
+    if RANK == 0:
+        try:
+            box[0] = make()
+        except UserError as error:
+            box[1] = str(error), error.status
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    if box[1]:
+        raise UserError(*box[1])
+    return box[0]
+
+
+def gather_to_rank0(x: object) -> list | None:
+    """On rank 0 the list of every process's x, on the others None."""
+    if WORLD == 1:
+        return [x]
+    everyone = [None] * WORLD if RANK == 0 else None
+    dist.gather_object(x, everyone)
+    return everyone
+
+
+def share_of(batch_size: int) -> slice:
+    """This process's part of a batch. Raises UserError unless it can be divided evenly."""
+    if batch_size % WORLD:
+        raise UserError(f"--batch-size {batch_size} cannot be divided evenly among {WORLD} "
+                        f"processes: use {batch_size // WORLD * WORLD or WORLD}")
+    size = batch_size // WORLD
+    return slice(RANK * size, (RANK + 1) * size)
+
+
+# ---------------------------------------------------------------- random numbers
+
+
+def seed_of(*key) -> int:
+    """A 32-bit seed from any numbers and strings. A hash, because a CPU generator ignores the high
+    32 bits of its seed, and because seed + step is the same for (0, 1) and (1, 0)."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
+
+
+def generator(device: torch.device | str, *key) -> torch.Generator:
+    """A generator that is a function of `key` and the device type alone."""
+    return torch.Generator(device).manual_seed(seed_of(*key))
+
+
+class StepRandom:
+    """The random numbers of one step: drawn for the whole batch from (seed, step), of which each
+    process keeps its share. So they do not depend on the number of processes."""
+
+    def __init__(self, device: torch.device, seed: int, step: int, batch_size: int, share: slice):
+        self.rng = generator(device, seed, "step", step)
+        self.batch_size, self.share = batch_size, share
+
+    def uniform(self) -> Tensor:
+        """(B,) in [0, 1)."""
+        return torch.rand(self.batch_size, generator=self.rng, device=self.rng.device)[self.share]
+
+    def normal(self, *shape: int) -> Tensor:
+        """(B, *shape), standard normal."""
+        return torch.randn(self.batch_size, *shape, generator=self.rng,
+                           device=self.rng.device)[self.share]
+
+
+def image_noise(seed: int, t: int | str, first: int, last: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise (last - first, *shape) on the CPU, of which row k depends on (seed, t,
+    first + k) alone: image k of a job is the same on every device and whatever the batch size.
+    Image k is row k % 16 of block k // 16, and a block is drawn in one call."""
+    blocks = range(first // 16, (last - 1) // 16 + 1)
+    noise = torch.cat([torch.randn(16, *shape, generator=generator("cpu", seed, "image", t, b))
+                       for b in blocks])
+    return noise[first - 16 * blocks[0]:][:last - first]
