@@ -1,27 +1,30 @@
-"""Networks, processes and ways to sample beside the lesson's: docs/variants.md, docs/sampling.md.
+"""Networks, processes, samplers and kinds of guidance beside the lesson's: docs/variants.md and
+docs/sampling.md. Importing this package, as sample.py does, adds them to support/registry.py."""
 
-support/components.py adds these names to its own. Nothing is imported before its name is given, by
-a flag or by a checkpoint, and the lesson's four files never import a variant.
-"""
+from support import registry
+from variants.dpm_solver import dpm_solver_sample
+from variants.guidance import autoguidance, guidance_interval
+from variants.learned_variance import LearnedVariance
+from variants.modern import ModernDiT
+from variants.paper_blocks import AdaLNDiT, CrossAttentionDiT, InContextDiT
+from variants.rectified_flow import RectifiedFlow
+from variants.registers import RegisterDiT
 
-NETWORKS = {            # --network NAME: "module:class"
-    "in-context": "variants.in_context:InContextDiT",
-    "cross-attention": "variants.cross_attention:CrossAttentionDiT",
-    "adaln": "variants.adaln:AdaLNDiT",
-    "registers": "variants.registers:RegisterDiT",
-    "modern": "variants.modern:ModernDiT",
-}
-PROCESSES = {           # --process NAME
-    "learned-variance": "variants.learned_variance:LearnedVariance",
-    "rectified-flow": "variants.rectified_flow:RectifiedFlow",
-}
-SAMPLERS = {            # --sampler NAME, of any process with alpha_sigma: "module:function"
-    "dpm++": "variants.dpm_solver:dpm_solver_sample",
-}
-GUIDANCE = {            # --guidance-interval LO HI, --autoguidance CKPT
-    "interval": "variants.guidance:guidance_interval",
-    "autoguidance": "variants.guidance:autoguidance",
-}
-FLAGS = {               # a constructor's argument: its flag's type, least and greatest value, help
-    "registers": (int, 0, 1024, "number of register tokens, with --network registers (default: 4)"),
-}
+registry.NETWORKS.update({              # --network NAME
+    "in-context": InContextDiT,
+    "cross-attention": CrossAttentionDiT,
+    "adaln": AdaLNDiT,
+    "registers": RegisterDiT,
+    "modern": ModernDiT,
+})
+registry.PROCESSES.update({             # --process NAME
+    "learned-variance": LearnedVariance,
+    "rectified-flow": RectifiedFlow,
+})
+registry.SAMPLERS.update({              # --sampler NAME, for any process with alpha_sigma
+    "dpm++": dpm_solver_sample,
+})
+registry.GUIDANCE.update({              # --guidance-interval LO HI, --autoguidance CKPT
+    "interval": guidance_interval,
+    "autoguidance": autoguidance,
+})

@@ -31,7 +31,7 @@ def timesteps_for(process, steps: int) -> list[int]:
 @torch.no_grad()
 def dpm_solver_sample(process, predict: Callable, xT: Tensor, noise: Callable | None = None,
                       clip: bool = True, steps: int = 10) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Go back from noise xT (B, C, H, H) to images. Yields (t, xt, x0_hat) after each step, as
+    """Go back from noise xT (B, C, H, H) to images. Yields (t, x_next, x0_hat) after each step, as
     `GaussianDiffusion.ddim_sample` does. `noise` is not used: xT alone decides the sample.
 
     The first step has no estimate before it, and in the last one lambda goes to infinity: both are
@@ -44,11 +44,11 @@ def dpm_solver_sample(process, predict: Callable, xT: Tensor, noise: Callable | 
     for i, t in enumerate(timesteps):
         x0_hat, _ = process.denoise(predict, xt, t, clip)
         if i == steps - 1:
-            xt = x0_hat
+            x_next = x0_hat
         else:
             h, mean = level[i + 1] - level[i], x0_hat       # mean: of x0_hat over the step
             if previous is not None:
                 mean = x0_hat + (x0_hat - previous) * h / (2 * (level[i] - level[i - 1]))
-            xt = sigma[i + 1] / sigma[i] * xt - alpha[i + 1] * math.expm1(-h) * mean
-        previous = x0_hat
-        yield t, xt, x0_hat
+            x_next = sigma[i + 1] / sigma[i] * xt - alpha[i + 1] * math.expm1(-h) * mean
+        yield t, x_next, x0_hat
+        xt, previous = x_next, x0_hat

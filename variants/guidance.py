@@ -43,7 +43,7 @@ def autoguidance(model, y: Tensor, cfg_scale: float, weak) -> Callable:
     def predict(xt: Tensor, t: int) -> Tensor:
         if cfg_scale == 1:
             return strong(xt, t)
-        out_weak = weaker(xt, t).float()
-        return out_weak + cfg_scale * (strong(xt, t).float() - out_weak)
+        out_weak = weaker(xt, t)
+        return out_weak + cfg_scale * (strong(xt, t) - out_weak)
 
     return predict

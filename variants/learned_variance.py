@@ -21,12 +21,12 @@ from torch import Tensor
 from diffusion import GaussianDiffusion
 
 
-def posterior(bar: Tensor, bar_next: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of a step back from alpha_bar = bar to bar_next: the shares of x0 and of xt in the mean of
-    q(x_next | xt, x0), its variance, and beta. DDPM eq. 6, 7."""
+def posterior(bar, bar_next) -> tuple:
+    """Of a step back from alpha_bar = bar to bar_next, tensors or numbers: the shares of x0 and of
+    xt in the mean of q(x_next | xt, x0), its variance, and beta. DDPM eq. 6, 7."""
     beta = 1 - bar / bar_next
     rest = (1 - bar_next) / (1 - bar)
-    return bar_next.sqrt() * beta / (1 - bar), (1 - beta).sqrt() * rest, beta * rest, beta
+    return bar_next**0.5 * beta / (1 - bar), (1 - beta) ** 0.5 * rest, beta * rest, beta
 
 
 def interpolate(v: Tensor, log_posterior: Tensor | float, log_beta: Tensor | float) -> Tensor:
@@ -64,9 +64,9 @@ class LearnedVariance(GaussianDiffusion):
         return super().to(device)
 
     def loss(self, model, x0: Tensor, t: Tensor, y: Tensor, eps: Tensor) -> Tensor:
-        """L_hybrid of each image, (B,). `loss_in_eps` of it contains the second term, too."""
+        """L_hybrid of each image, (B,)."""
         xt = self.q_sample(x0, t, eps)
-        out, v = model(xt, t, y).float().chunk(2, dim=1)
+        out, v = model(xt, t, y).chunk(2, dim=1)
         simple = super().loss(lambda *_: out, x0, t, y, eps)
         # one term of L_vlb's num_timesteps
         return simple + 0.001 * self.num_timesteps * self.bound_term(out.detach(), v, x0, xt, t)
@@ -94,31 +94,30 @@ class LearnedVariance(GaussianDiffusion):
         for i in range(self.num_timesteps):
             t = torch.full_like(y, i)
             xt = self.q_sample(x0, t, torch.randn_like(x0))
-            total += self.bound_term(*model(xt, t, y).float().chunk(2, dim=1), x0, xt, t)
+            total += self.bound_term(*model(xt, t, y).chunk(2, dim=1), x0, xt, t)
         return total
+
+    # ------------------------------------------------------------ back
+
+    def denoise(self, predict: Callable, xt: Tensor, t: int, clip: bool = True
+                ) -> tuple[Tensor, Tensor]:
+        """(x0_hat, eps_hat), without v: all that DDIM and DPM-Solver++ need."""
+        return super().denoise(lambda xt, t: predict(xt, t)[:, : xt.shape[1]], xt, t, clip)
 
     def guided(self, guidance: Callable) -> Callable:
         """`guidance`, a function (model, y, cfg_scale) -> predict(xt, t), for all but v, which
-        stays that of the class ("no class" where nothing else is evaluated): a variance is no
-        direction to exaggerate."""
+        stays the model's own: a variance is no direction to exaggerate. That is v of the class,
+        or of "no class" at cfg_scale 0: the first rows of the batch that the model was given."""
         def guide(model, y: Tensor, cfg_scale: float) -> Callable[[Tensor, int], Tensor]:
-            found = []
-
             def recorded(xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
                 out = model(xt, t, labels)
-                if not found or torch.equal(labels[: len(y)], y):
-                    found[:] = [out[: len(y), xt.shape[1]:].float()]
+                recorded.v = out[: len(y), xt.shape[1]:]
                 return out
 
             recorded.null_class = model.null_class
             predict = guidance(recorded, y, cfg_scale)
-
-            def predict_both(xt: Tensor, t: int) -> Tensor:
-                found.clear()
-                out = predict(xt, t).float()
-                return torch.cat([out[:, : xt.shape[1]], *found], dim=1)
-
-            return predict_both
+            return lambda xt, t: torch.cat(
+                [predict(xt, t)[:, : xt.shape[1]], recorded.v], dim=1)
 
         return guide
 
@@ -130,13 +129,13 @@ class LearnedVariance(GaussianDiffusion):
         noise = noise or (lambda t: torch.randn_like(xT))
         xt, timesteps = xT, self.ddim_timesteps(steps)
         for t, t_next in zip(timesteps, timesteps[1:] + [-1], strict=True):
-            out, v = predict(xt, t).float().chunk(2, dim=1)
-            x0_hat, _ = self.denoise(lambda *_, out=out: out, xt, t, clip)
-            bars = torch.tensor([self.alpha_bar_at(t), self.alpha_bar_at(t_next)],
-                                dtype=torch.float64)
-            x0_share, xt_share, variance, beta = (x.item() for x in posterior(*bars))
-            xt = x0_share * x0_hat + xt_share * xt
+            out, v = predict(xt, t).chunk(2, dim=1)
+            x0_hat, _ = super().denoise(lambda *_, out=out: out, xt, t, clip)
+            x0_share, xt_share, variance, beta = posterior(
+                self.alpha_bar_at(t), self.alpha_bar_at(t_next))
+            x_next = x0_share * x0_hat + xt_share * xt
             if t_next >= 0:
                 log_variance = interpolate(v, math.log(variance), math.log(beta))
-                xt = xt + (log_variance / 2).exp() * noise(t)
-            yield t, xt, x0_hat
+                x_next = x_next + (log_variance / 2).exp() * noise(t)
+            yield t, x_next, x0_hat
+            xt = x_next

@@ -40,13 +40,15 @@ class RectifiedFlow(GaussianDiffusion):
     Samplers: "euler", one evaluation of the network per step, and "heun", of second order, two.
     """
 
+    sampling = dict(sampler="euler")            # the default, in place of train_mnist.SAMPLING's
+    ddim_sample = ddpm_sample = None            # this process has no such sampler
+
     def __init__(self, num_timesteps: int = 1000, prediction: str = "v", weighting: str = "plain"):
         super().__init__(num_timesteps, prediction=prediction, weighting=weighting)
         # never 0, so that x0 follows from a predicted eps (DDPM's ends at 0.006)
         self.alpha = Line(lambda s: (1 - s).clamp(min=1e-3), num_timesteps)
         self.sigma = Line(lambda s: s, num_timesteps)
         del self.alpha_bar                              # of DDPM's schedule
-        self.samplers = {"euler": self.euler_sample, "heun": self.heun_sample}
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return eps - x0 if self.prediction == "v" else super().target(x0, eps, t)
@@ -78,7 +80,7 @@ class RectifiedFlow(GaussianDiffusion):
                      clip: bool = True, steps: int = 50, second_order: bool = False
                      ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Go from noise xT to images in `steps` equal steps of s, each along the v at its start.
-        Yields (t, xt, x0_hat) as `ddim_sample` does, with t rounded. `noise` is not used.
+        Yields (t, x_next, x0_hat) as `ddim_sample` does, with t rounded. `noise` is not used.
 
         second_order: along the mean of the v at its start and at the end to which that one leads
         (Heun). The last step has no other end: at s = 0 there is no noise left to see.
@@ -90,12 +92,12 @@ class RectifiedFlow(GaussianDiffusion):
         for i in range(steps, 0, -1):
             s, s_next = i / steps, (i - 1) / steps
             v, x0_hat = self.velocity(predict, xt, s, clip)
-            end = xt + (s_next - s) * v
+            x_next = xt + (s_next - s) * v
             if second_order and s_next > 0:
-                v_end, _ = self.velocity(predict, end, s_next, clip)
-                end = xt + (s_next - s) * (v + v_end) / 2
-            xt = end
-            yield round(s * self.num_timesteps - 1), xt, x0_hat
+                v_next, _ = self.velocity(predict, x_next, s_next, clip)
+                x_next = xt + (s_next - s) * (v + v_next) / 2
+            yield round(s * self.num_timesteps - 1), x_next, x0_hat
+            xt = x_next
 
     def heun_sample(self, predict: Callable, xT: Tensor, noise: Callable | None = None,
                     clip: bool = True, steps: int = 25) -> Iterator[tuple[int, Tensor, Tensor]]:
