@@ -72,7 +72,8 @@ def autocast(device: torch.device, precision: str):
         yield
         return
     kernels = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-    with torch.autocast(device.type, DTYPES[precision]), kernels:
+    cache = device.type != "cuda"   # a cached cast would be outside of a graph: support/replay.py
+    with torch.autocast(device.type, DTYPES[precision], cache_enabled=cache), kernels:
         yield
 
 

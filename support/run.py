@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from support import checkpoint, compute, data, flags, loggers, pictures
+from support import checkpoint, compute, data, flags, loggers, pictures, replay
 from support.command import UserError, atomic_write, check_target, reason, say, short, warn
 from support.compute import RANK, WORLD, all_reduce, broadcast_from_rank0
 
@@ -210,7 +210,9 @@ class Run:
     # ------------------------------------------------------------ steps
 
     def replayed(self, step: Callable) -> Callable:
-        """The step as it will be called."""
+        """The step as it will be called: on one GPU as a CUDA graph."""
+        if self.device.type == "cuda" and WORLD == 1 and not self.scaler.is_enabled():
+            return replay.replayed_step(step, self.optimizers, self.device)
         return step
 
     def steps(self) -> Iterator[int]:
@@ -231,7 +233,7 @@ class Run:
                         if end or self.done % 10 == 0 else 0
                     self.signal = stopped or self.signal
                 due = bool(end or stopped or self.done % args.save_every == 0)
-                if due or len(self.pending) == args.log_every:
+                if due or len(self.pending) == min(args.log_every, 1000):
                     self.flush()
                 if due:
                     self.guarded(self.save, f"step {self.done}")
@@ -259,8 +261,7 @@ class Run:
         finite, before anything of it is saved."""
         if not self.pending:
             return
-        table = torch.stack([self.row(*numbers) for numbers in self.pending])
-        table = (all_reduce(table) / WORLD).tolist()
+        table = (all_reduce(self.table()) / WORLD).tolist()
         lines, first = [], self.done - len(table) + 1
         for step, (loss, loss_eps, norm, lr, *quarters) in enumerate(table, first):
             row = dict(loss=loss, loss_eps=loss_eps, grad_norm=norm, lr=lr, **{
@@ -281,14 +282,17 @@ class Run:
             f"loss {sum(row[0] for row in table) / len(table):.4f}, "
             f"{len(table) * self.args.batch_size / seconds:,.0f} images/s", refresh=False)
 
-    def row(self, loss: Tensor, t: Tensor, grad_norm: Tensor, lr: float) -> Tensor:
-        """(12,): the means of the step's numbers; in each quarter of the timesteps the sum of the
-        losses and their count."""
-        loss, quarter = loss.float(), t * 4 // self.diffusion.num_timesteps
-        inside = quarter[:, None] == torch.arange(4, device=t.device)               # (B, 4)
-        means = [loss.mean(), loss_in_eps(self.diffusion, loss, t).mean(), grad_norm.float(),
-                 torch.full((), lr, device=t.device)]
-        return torch.cat([torch.stack(means), (inside * loss[:, None]).sum(0), inside.sum(0)])
+    def table(self) -> Tensor:
+        """A row (12,) for each pending step: the means of its numbers; in each quarter of the
+        timesteps the sum of the losses and their count."""
+        *numbers, lr = zip(*self.pending, strict=True)
+        loss, t, norm = (torch.stack(column) for column in numbers)
+        lr = torch.tensor(lr, device=t.device)
+        loss_eps = loss_in_eps(self.diffusion, loss, t)                             # (n, B)
+        means = torch.stack([loss.mean(1), loss_eps.mean(1), norm, lr], dim=1)
+        quarter = t * 4 // self.diffusion.num_timesteps
+        inside = quarter[:, :, None] == torch.arange(4, device=t.device)            # (n, B, 4)
+        return torch.cat([means, (inside * loss[:, :, None]).sum(1), inside.sum(1)], dim=1)
 
     def write_rows(self, rows: list[dict]) -> None:
         self.unwritten += "".join(json.dumps(row) + "\n" for row in rows)
