@@ -13,15 +13,15 @@ import torch
 
 import dit
 import train_mnist
-from support import checkpoints, data, distributed, paths
-from support import run as run_module
-from support.folders import checkpoints_in
-from support.preview import Preview
+from support import command as support_command
+from support import data, pictures
+from support.checkpoint import checkpoints_in
+from support.command import UserError
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 
-TINY = "DiT-Test/7"
+TINY, TINY_SIZE = "DiT-Test/7", dict(patch_size=7, hidden_size=16, depth=2, num_heads=2)
 ALONE = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}    # a process that a test starts
 FAST = ("--dataset", "glyphs", "--model", TINY, "--batch-size", "8", "--log-every", "5",
         "--preview-every", "1000", "--save-every", "1000", "--warmup", "2")
@@ -42,41 +42,42 @@ def pytest_collection_modifyitems(config, items):
 def without_gpu(request, monkeypatch):
     """No test picks a GPU by itself, except those named for it."""
     if "gpu" not in request.node.name:
-        monkeypatch.setattr(distributed, "fastest_device", lambda: "cpu")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     """An empty working directory, where output/ and data/ are found as well."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(paths, "OUTPUT", tmp_path / "output")
-    monkeypatch.setattr(paths, "DATA", tmp_path / "data")
+    for name in ("OUTPUT", "DATA"):
+        before = getattr(support_command, name)
+        for module in list(sys.modules.values()):       # some have imported the name
+            if vars(module).get(name) is before:
+                monkeypatch.setattr(module, name, tmp_path / name.lower())
     return tmp_path
 
 
-_draw_glyphs = functools.cache(data.draw_glyphs)        # a function of its arguments
+_draw_glyphs = functools.cache(data.draw_glyphs)
 
 
 def few_glyphs(count: int, seed: int = 0) -> data.ImageSet:
-    drawn = _draw_glyphs(min(count, 100), seed)
-    return dataclasses.replace(drawn, images=drawn.images.clone(), labels=drawn.labels.clone())
+    return dataclasses.replace(_draw_glyphs(min(count, 100), seed))
 
 
 @pytest.fixture
 def train(here, monkeypatch):
     """train(*flags) -> exit status: train_mnist.main in an empty folder, with a tiny model on 100
     glyphs unless flags say otherwise."""
-    monkeypatch.setitem(dit.MODELS, TINY,
-                        dict(patch_size=7, hidden_size=16, depth=2, num_heads=2))
+    monkeypatch.setitem(dit.MODELS, TINY, TINY_SIZE)
     monkeypatch.setattr(data, "draw_glyphs", few_glyphs)
     # most of a tiny run's time would go to pictures
-    monkeypatch.setattr(train_mnist, "Preview", functools.partial(Preview, steps=2))
-    monkeypatch.setattr(run_module, "loss_curve", lambda folder: None)
+    monkeypatch.setitem(train_mnist.SAMPLING, "steps", 2)
+    monkeypatch.setattr(pictures, "loss_curve", lambda *_: None)
 
     def run(*flags) -> int:
         flags = [str(f) for f in flags]
-        resumes = "--resume" in flags
-        return train_mnist.main([*(() if resumes else FAST), *flags])
+        return train_mnist.main([*(() if {"--resume", "--config"} & set(flags) else FAST), *flags])
 
     return run
 
@@ -110,17 +111,6 @@ def checkpoint(trained) -> Path:
     return trained("--steps", 3)
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The matplotlib figures that tools.figures makes."""
-    pytest.importorskip("matplotlib")
-    from tools import figures                   # few tests need it
-
-    kept, new = [], figures.new_figure
-    monkeypatch.setattr(figures, "new_figure", lambda **o: kept.append(new(**o)) or kept[-1])
-    return kept
-
-
 def command(*words, cwd, **options) -> subprocess.Popen:
     """A script of the project as a user runs it: its own process, one thread. It uses the
     repository's output/: name every file that it writes.
@@ -135,6 +125,14 @@ def command(*words, cwd, **options) -> subprocess.Popen:
                             **options)
 
 
+def refused(main, *argv) -> str:
+    """The one line with which a command refuses these arguments, with exit status 2."""
+    with pytest.raises(UserError) as caught:
+        main([str(a) for a in argv])
+    assert "\n" not in str(caught.value) and caught.value.status == 2
+    return str(caught.value)
+
+
 def tensors_equal(a, b) -> bool:
     """Are two nests of dicts, lists, tensors and numbers the same, bit for bit?"""
     if isinstance(a, torch.Tensor):
@@ -144,7 +142,3 @@ def tensors_equal(a, b) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(tensors_equal, a, b))
     return a == b
-
-
-def load(path) -> dict:
-    return checkpoints.load(Path(path), full=True)
