@@ -66,13 +66,14 @@ def load(path: str | Path | None = None, device: str | torch.device | None = Non
 def sample(checkpoint: Checkpoint, y: Tensor, *, cfg_scale: float | None = None,
            steps: int | None = None, sampler: str | None = None, eta: float | None = None,
            seed: int = 0, precision: str = "auto", batch_size: int = 250, first: int = 0,
-           guidance: Callable = classifier_free_guidance, watch: Callable | None = None,
-           bar: tqdm | None = None) -> Iterator[Tensor]:
+           guidance: Callable = classifier_free_guidance, noise: Callable | None = None,
+           watch: Callable | None = None, bar: tqdm | None = None) -> Iterator[Tensor]:
     """Batches of images for the labels y (N,), in their order: float32 (B, C, H, H) in [-1, 1].
 
     cfg_scale, steps, sampler, eta: None is what the checkpoint suggests. Image i has the noise of
     image first + i of `seed`, whatever the batch size and the device. guidance(model, y,
-    cfg_scale): what makes predict(xt, t). After each step `watch(t, xt, x_next, x0_hat)` gets the
+    cfg_scale): what makes predict(xt, t). noise(t, low, high): in place of that of images low to
+    high - 1. After each step `watch(t, xt, x_next, x0_hat)` gets the
     network's input, the result of the step and its estimate of x0; `bar` counts images x steps.
     Raises UserError for a sampler, steps or eta that the process does not have.
     """
@@ -85,15 +86,16 @@ def sample(checkpoint: Checkpoint, y: Tensor, *, cfg_scale: float | None = None,
     precision = compute.pick_precision(precision, device)
     for start in range(0, len(y), batch_size):
         labels = y[start : start + batch_size].to(device)
-        low, high = first + start, first + start + len(labels)
+        draw = partial(noise or partial(compute.image_noise, seed, shape=shape),
+                       low=first + start, high=first + start + len(labels))
 
-        def noise(t: int | str, low: int = low, high: int = high) -> Tensor:
-            return compute.image_noise(seed, t, low, high, shape).to(device)
+        def drawn(t: int | str, draw: Callable = draw) -> Tensor:
+            return draw(t).to(device)
 
         predict = guidance(net, labels, cfg_scale)
-        xt = noise("T")
+        xt = drawn("T")
         with compute.autocast(device, precision):
-            for t, x_next, x0_hat in steps_back(predict, xt, noise=noise):
+            for t, x_next, x0_hat in steps_back(predict, xt, noise=drawn):
                 if watch is not None:
                     watch(t, xt, x_next, x0_hat)
                 if bar is not None:

@@ -20,7 +20,9 @@ from support.command import UserError
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-COMPILE_PAYS = {"cpu": 3000, "cuda": 3000}  # steps after which compiling has paid: docs/speed.md
+# Seconds that compiling takes, and that it saves in a step: a constant and a share per activation
+# (images x tokens x width x blocks). A CPU of two cores and an H200: docs/speed.md.
+COMPILING = {"cpu": (45, 0.0, 2.3e-8), "cuda": (7, 5e-4, 1.1e-10)}
 
 # ---------------------------------------------------------------- device, format, compiler
 
@@ -43,7 +45,7 @@ def pick_device(name: str | None = None) -> torch.device:
         raise UserError(f"--device {name} is not available here: use cpu, cuda or mps, whichever "
                         f"this machine has") from None
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
         torch.set_float32_matmul_precision("high")                      # TF32
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -95,7 +97,9 @@ def prepare(model: nn.Module, device: torch.device, precision: str, compiled: bo
     net = Autocast(model, device, precision)
     if compiled:
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "no GPU found"
-        net.compile()
+        # On a GPU the block, once for all blocks: a third of the time, nearly the same speed
+        for part in getattr(model, "blocks", [net]) if device.type == "cuda" else [net]:
+            part.compile()
     if WORLD > 1:
         # about the strides of one small gradient: nothing that a user could change
         warnings.filterwarnings("ignore", message="Grad strides do not match")
@@ -105,9 +109,10 @@ def prepare(model: nn.Module, device: torch.device, precision: str, compiled: bo
     return net
 
 
-def pick_compile(wanted: bool | None, device: torch.device, steps: int) -> bool:
+def pick_compile(wanted: bool | None, device: torch.device, model: nn.Module, batch_size: int,
+                 steps: int) -> bool:
     """--compile or --no-compile; by default where a compiler is found and the run is long enough
-    for the faster steps to make up for the time that compiling takes."""
+    for the faster steps to make up for the time that compiling takes. Raises UserError."""
     missing = {"cpu": not any(map(shutil.which, ("g++", "c++", "clang++", "cl"))),
                "cuda": importlib.util.find_spec("triton") is None}.get(device.type, True)
     if wanted and missing:
@@ -116,7 +121,10 @@ def pick_compile(wanted: bool | None, device: torch.device, steps: int) -> bool:
     if wanted is None:
         # nobody asked for it: where the compiler fails, training continues without
         torch._dynamo.config.suppress_errors = True
-        return not missing and steps >= COMPILE_PAYS[device.type]
+        seconds, constant, share = COMPILING.get(device.type, (0, 0, 0))
+        tokens = getattr(model, "pos_embed", torch.empty(0)).numel()            # N x D
+        activations = batch_size * tokens * len(getattr(model, "blocks", ()))
+        return not missing and steps * (constant + share * activations) > seconds
     return wanted
 
 
@@ -208,11 +216,11 @@ class StepRandom:
                            device=self.rng.device)[self.share]
 
 
-def image_noise(seed: int, t: int | str, first: int, last: int, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise (last - first, *shape) on the CPU, of which row k depends on (seed, t,
-    first + k) alone: image k of a job is the same on every device and whatever the batch size.
+def image_noise(seed: int, t: int | str, low: int, high: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise (high - low, *shape) on the CPU, of which row k depends on (seed, t,
+    low + k) alone: image k of a job is the same on every device and whatever the batch size.
     Image k is row k % 16 of block k // 16, and a block is drawn in one call."""
-    blocks = range(first // 16, (last - 1) // 16 + 1)
+    blocks = range(low // 16, (high - 1) // 16 + 1)
     noise = torch.cat([torch.randn(16, *shape, generator=generator("cpu", seed, "image", t, b))
                        for b in blocks])
-    return noise[first - 16 * blocks[0]:][:last - first]
+    return noise[low - 16 * blocks[0]:][:high - low]

@@ -51,7 +51,6 @@ class Run:
         self.args = args = flags.resolve(given, {**defaults, **preset},
                                          self.resumed and self.resumed["config"]["recipe"])
         self.precision = compute.pick_precision(args.precision, self.device, training=True)
-        self.compiled = compute.pick_compile(args.compile, self.device, args.steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.share = compute.share_of(args.batch_size)
         self.start = self.done = self.resumed["step"] if self.resumed else 0
@@ -124,6 +123,8 @@ class Run:
         self.model, self.ema, self.optimizers, self.diffusion = model, ema, optimizers, diffusion
         self.config = {**config, "data": self.about_data, "recipe": flags.recipe_of(self.args)}
         self.class_names, self.preview = class_names, preview
+        self.compiled = compute.pick_compile(self.args.compile, self.device, model,
+                                             self.args.batch_size, self.stop - self.start)
         if self.resumed:
             checkpoint.restore(self.resumed, model, ema, optimizers, self.scaler)
         if self.start >= self.stop:
@@ -137,9 +138,9 @@ class Run:
         side, kinds = about["image_size"], len(class_names)
         say(f"{args.model} on {about['dataset']} ({about['images']:,} images, {about['channels']}x"
             f"{side}x{side}, {kinds} class{'es' * (kinds > 1)}): {size:,} parameters",
-            f"{self.device.type}, {self.precision}{', compiled' * self.compiled}, {WORLD} process"
-            f"{'es' * (WORLD > 1)}: steps {self.start:,} to {self.stop:,} of {args.steps:,}, batch "
-            f"{args.batch_size}, predicts {args.prediction}, weighting {args.weighting}, "
+            f"{self.device.type}, {self.precision}, {'' if self.compiled else 'not '}compiled, "
+            f"{WORLD} process{'es' * (WORLD > 1)}: steps {self.start:,} to {self.stop:,} of "
+            f"{args.steps:,}, batch {args.batch_size}, predicts {args.prediction}, weighting {args.weighting}, "
             f"{args.optimizer}",
             f"run folder: {short(self.folder)}",
             *["compiling: the first step takes up to a minute"] * self.compiled)
