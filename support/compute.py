@@ -133,7 +133,9 @@ def set_learning_rates(optimizers: list, factor: float) -> None:
     (that a captured step reads)."""
     for opt in optimizers:
         for group in opt.param_groups:
-            lr = group.setdefault("initial_lr", float(group["lr"])) * factor
+            if "initial_lr" not in group:
+                group["initial_lr"] = float(group["lr"])        # waits for the device: once
+            lr = group["initial_lr"] * factor
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:
