@@ -197,6 +197,8 @@ def test_diffusers_computes_the_same(make, here, monkeypatch, prediction):
     *_, (_, ours, _) = diffusion.ddim_sample(guidance(model, torch.tensor([0, 2]), 1.5), xT,
                                              steps=20)
     assert distance(found["xt"], ours) < 2e-3
+    found["scheduler"].set_timesteps(5)
+    assert found["scheduler"].timesteps[0] == 19        # from pure noise, with few steps as well
 
     run("import", "out", "back.pt")                     # and back
     after = checkpoints.load(here / "back.pt")
@@ -426,5 +428,9 @@ def test_autoencoders_that_do_not_fit(vae, images, here):
     wrong()
     config.write_text(good)
     weights, = (here / "vae").glob("*.safetensors")
+    state = safetensors.load_file(weights)
     weights.write_bytes(weights.read_bytes()[:-10])
+    wrong()
+    weights.unlink()                                        # a pickle is not read
+    torch.save(state, weights.with_suffix(".bin"))
     wrong()
