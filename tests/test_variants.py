@@ -2,15 +2,13 @@
 
 import functools
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch.distributions import Normal, kl_divergence
 
 import sample
-import train_mnist
+from conftest import ROOT
 from diffusion import GaussianDiffusion, classifier_free_guidance
 from dit import MODELS, DiT, patchify, unpatchify
 from support import registry
@@ -26,7 +24,7 @@ from variants.registers import RegisterDiT
 SMALL = dict(input_size=8, patch_size=2, in_channels=2, hidden_size=32, depth=2, num_heads=2,
              num_classes=5)
 ALL = [AdaLNDiT, CrossAttentionDiT, InContextDiT, ModernDiT, RegisterDiT]
-DOCS = (Path(__file__).parent.parent / "docs" / "variants.md").read_text()
+DOCS = (ROOT / "docs" / "variants.md").read_text()
 PREDICTIONS = pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=2e-5)     # float32
 
@@ -458,39 +456,25 @@ def test_autoguidance_extrapolates_from_the_weaker_models_output():
 # ---------------------------------------------------------------- through the commands
 
 
-ALONE = {       # flags and samplers, the checkpoint's own first
+RUNS = {        # flags and samplers, the checkpoint's own first
     **{name: (["--network", name], ["ddim", "dpm++"]) for name in
-       ("in-context", "cross-attention", "adaln", "registers", "modern")},
+       ("in-context", "cross-attention", "adaln", "registers", "modern", "documented")},
     "learned-variance": (["--process", "learned-variance"], ["ddim", "ddpm", "dpm++"]),
     "rectified-flow": (["--process", "rectified-flow"], ["euler", "heun", "dpm++"]),
-    "documented": (["--network", "conv"], ["ddim", "dpm++"]),
 }
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Ten images in two classes; a tiny model; the network of docs/variants.md."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(MODELS, "tiny", dict(patch_size=7, hidden_size=16, depth=2, num_heads=2))
-    for i in range(10):
-        path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(torch.randint(256, (28, 28), dtype=torch.uint8).numpy()).save(path)
-    toy = {}
-    exec(DOCS.split("```python\n")[1].split("```")[0], toy)
-    monkeypatch.setitem(registry.NETWORKS, "conv", toy["ConvNet"])
-
-
-@pytest.mark.parametrize("name", ALONE)
-def test_each_trains_and_samples(name, folder):
-    flags, samplers = ALONE[name]
-    assert train_mnist.main([*"--dataset folder:images --image-size 28 --model tiny --steps 3 "
-                             "--batch-size 4 --device cpu --out run".split(), *flags]) == 0
+@pytest.mark.parametrize("name", RUNS)
+def test_each_trains_and_samples(name, train, monkeypatch):
+    if name == "documented":
+        exec(DOCS.split("```python\n")[1].split("```")[0], toy := {})
+        monkeypatch.setitem(registry.NETWORKS, name, toy["ConvNet"])
+    flags, samplers = RUNS[name]
+    assert train("--steps", 3, "--out", "run", *flags) == 0
     checkpoint = sample.load("run", device="cpu")
     assert checkpoint.step == 3 and checkpoint.sampling["sampler"] == samplers[0]
     assert name == "documented" or f"| {name} |" in DOCS
-    made = {s: sample.generate(checkpoint, ["a", 1], sampler=s, steps=3) for s in samplers}
+    made = {s: sample.generate(checkpoint, ["3", 1], sampler=s, steps=3) for s in samplers}
     for images in made.values():
         assert images.shape == (2, 1, 28, 28) and images.isfinite().all() and images.any()
-    default = sample.generate(checkpoint, ["a", 1], steps=3)
-    assert torch.equal(default, made[samplers[0]])
+    assert torch.equal(sample.generate(checkpoint, ["3", 1], steps=3), made[samplers[0]])
