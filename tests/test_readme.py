@@ -17,19 +17,17 @@ import train_mnist
 from conftest import ROOT
 from support import flags
 
-README = (ROOT / "README.md").read_text()
-DOCUMENTS = {"README.md": README, **{f"docs/{p.name}": p.read_text()
-                                     for p in sorted((ROOT / "docs").glob("*.md"))}}
+DOCUMENTS = {path.relative_to(ROOT).as_posix(): path.read_text()
+             for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+README = DOCUMENTS["README.md"]
 EACH = pytest.mark.parametrize("name", DOCUMENTS)
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 DEFAULTS = {**train_mnist.RECIPE, **train_mnist.PRESETS["cpu"], **flags.OTHERS}
-# what stands for a value of the reader's: a number, a name in variants/
-STAND_INS = {**dict.fromkeys("BGMNSX", "1"), **dict.fromkeys(("NAME", "conv"), "dit"),
-             "cosine": "ddpm"}
+STAND_INS = {**dict.fromkeys("BGMNSX", "1"), "NAME": "dit", "conv": "dit", "cosine": "ddpm"}
 
 
 def commands(text: str) -> list[str]:
-    """Inline and in blocks; a line that ends in a backslash continues in the next one."""
+    """Inline and in blocks, where a line that ends in a backslash continues."""
     inline = re.findall(r"`((?:python3?|torchrun) [^`\n]+)`", text)
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)).replace("\\\n", " ")
     return inline + [line for line in blocks.splitlines() if line and not line.startswith("#")]
@@ -45,6 +43,9 @@ def parse(script: str, *rest: str) -> None:
         flags.sample_parser("").parse_args(rest)
     elif script == "-m" and rest[0].startswith(("tools.", "variants.")):
         module = importlib.import_module(rest[0])
+        if "--" in rest:                                # tools.speed_run passes the others on
+            parse("train_mnist.py", *rest[rest.index("--") + 1 :])
+            rest = rest[: rest.index("--")]
         if rest[0] == "tools.lr_finder":                # the other flags are those of training
             parse("train_mnist.py", *module.parser().parse_known_args(rest[1:])[1])
         elif hasattr(module, "parser"):
@@ -95,15 +96,13 @@ def test_the_listing_trains_and_samples(here, monkeypatch):
     short, again = re.subn(r"\bsteps=\d+\b", "steps=3", short)
     assert changed == again == 1
     torch.manual_seed(0)
-    names: dict = {}
-    exec(compile(short, "README.md", "exec"), names)
+    exec(compile(short, "README.md", "exec"), names := {})
     assert 0 < names["loss"].item() < 5                 # from about 10 at the start
     assert Image.open("digits.png").width > 10 * 28
 
 
 def test_sampling_from_python_is_as_the_readme_shows_it(here):
-    names: dict = {}
-    exec(next(block for block in PYTHON if "from sample import" in block), names)
+    exec(next(block for block in PYTHON if "from sample import" in block), names := {})
     images = names["images"]
     assert images.shape == (3, 1, 28, 28) and images.std() > 0.3 and images.abs().max() <= 1
     assert images._repr_png_().startswith(b"\x89PNG")
