@@ -54,9 +54,9 @@ def short(path: Path) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Why it failed: the system's words for an OSError, else the first line of the message."""
+    """Why it failed: the system's words for an OSError, else the start of the message."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return printable(text.splitlines()[0], 200)
+    return printable(" ".join(text.split()), 200)
 
 
 def run_command(main: Callable[[], int | None]) -> None:

@@ -140,8 +140,8 @@ class Run:
             f"{side}x{side}, {kinds} class{'es' * (kinds > 1)}): {size:,} parameters",
             f"{self.device.type}, {self.precision}, {'' if self.compiled else 'not '}compiled, "
             f"{WORLD} process{'es' * (WORLD > 1)}: steps {self.start:,} to {self.stop:,} of "
-            f"{args.steps:,}, batch {args.batch_size}, predicts {args.prediction}, weighting {args.weighting}, "
-            f"{args.optimizer}",
+            f"{args.steps:,}, batch {args.batch_size}, predicts {args.prediction}, "
+            f"weighting {args.weighting}, {args.optimizer}",
             f"run folder: {short(self.folder)}",
             *["compiling: the first step takes up to a minute"] * self.compiled)
 
