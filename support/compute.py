@@ -21,7 +21,7 @@ from support.command import UserError
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Seconds that compiling takes, and that it saves in a step: a constant and a share per activation
-# (images x tokens x width x blocks). A CPU of two cores and an H200: docs/speed.md.
+# (images x tokens x width x blocks); of two CPU cores and of an H200 (docs/experiments.md).
 COMPILING = {"cpu": (45, 0.0, 2.3e-8), "cuda": (7, 5e-4, 1.1e-10)}
 
 # ---------------------------------------------------------------- device, format, compiler

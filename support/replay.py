@@ -1,11 +1,11 @@
 """One CUDA graph a step: what a function launches, captured once and replayed.
 
-A step launches over a thousand small kernels. Launched one by one from Python they take 15 ms for
-DiT-Nano/7 on an H200, which then waits for the host most of the time; as one graph 2 ms
-(docs/speed.md). A graph repeats the same kernels on the same memory: whatever changes from step to
-step has to be in a tensor that the graph reads, and nothing in it may wait for the device. So
-inputs are copied into tensors of the graph's own, learning rates and the EMA's decay become
-tensors, and results are copied out.
+A step launches over a thousand small kernels. Launched one by one from Python, those of DiT-Nano/7
+take 16 ms on an H200, which waits for the host most of the time; as one graph 2 ms
+(docs/experiments.md, "On a GPU"). A graph repeats the same kernels on the same memory: whatever
+changes from step to step has to be in a tensor that the graph reads, and nothing in it may wait for
+the device. So inputs are copied into tensors of the graph's own, learning rates and the EMA's decay
+become tensors, and results are copied out.
 """
 
 from collections.abc import Callable
