@@ -107,10 +107,11 @@ def test_a_row_and_the_two_baselines(capsys):
             features(seed, count), labels * (torch.arange(count) % 4 == 1))     # 1 of 4 is wrong
     x, train, test = made(1, 40), made(2, 70), made(3, 30)
     x.images[:] = torch.tensor([7, 8, 24, 25], dtype=torch.uint8)
-    test.images[0] = train.images[0]
+    x.features[:] *= 0.05                           # all in the middle: no variety
     rows = evaluate.report(x, train, test, 0, CPU)
     assert [row["images"] for row in rows.values()] == [40, 30, 35]
     assert rows["samples"]["accuracy"] == 0.75 and rows["samples"]["grain"] == 0.5
+    assert rows["samples"]["recall"] < 0.2 < 0.8 < rows["samples"]["precision"]
     near = nearest_by_loops(test.images, train.images)
     assert rows["test"]["nearest"] == pytest.approx(np.quantile(near, 0.5))
     assert rows["test"]["nearest_q01"] == pytest.approx(np.quantile(near, 0.01))
