@@ -121,22 +121,32 @@ def generate(checkpoint: Checkpoint, labels: Sequence[int | str], **options) -> 
 def number_meant(name: str) -> int | None:
     """The number that "7", "07" or "seven" means; None for other names."""
     name = name.strip().lower()
-    return WORDS.index(name) if name in WORDS else int(name) if name.isdecimal() else None
+    if name in WORDS:
+        return WORDS.index(name)
+    return int(name) if name.isdecimal() and len(name) < 20 else None
+
+
+def find_class(name: int | str, class_names: list[str]) -> int | None:
+    """The index of the class with this name or, where it is the only one, with a name that means
+    the same number ("3" and "three"). None where there is none."""
+    text, *names = (unicodedata.normalize("NFC", str(each)) for each in (name, *class_names))
+    numbers, wanted = [number_meant(each) for each in names], number_meant(text)
+    if text in names:
+        return names.index(text)
+    return numbers.index(wanted) if wanted is not None and numbers.count(wanted) == 1 else None
 
 
 def label_of(label: int | str, class_names: list[str]) -> int:
-    """The index of a class given by its name; by the number that its name means ("3" or "three");
-    or, where no class name means a number, by its index."""
-    text, *names = (unicodedata.normalize("NFC", str(name)) for name in (label, *class_names))
-    numbers, wanted = [number_meant(name) for name in names], number_meant(text)
-    if text in names:
-        return names.index(text)
-    if wanted is not None and numbers.count(wanted) == 1:
-        return numbers.index(wanted)
-    if wanted is not None and set(numbers) == {None} and wanted < len(names):
-        return wanted
-    raise UserError(f"label {text} is not a class of this model: {', '.join(names[:20])}"
-                    f"{' ...' * (len(names) > 20)}")
+    """The index of a class given by its name or number (`find_class`) or, where no class name means
+    a number, by its index. Raises UserError."""
+    found, index = find_class(label, class_names), number_meant(str(label))
+    if found is None and index is not None and not any(
+            number_meant(name) is not None for name in class_names):
+        found = index if index < len(class_names) else None
+    if found is None:
+        raise UserError(f"label {label} is not a class of this model: "
+                        f"{', '.join(class_names[:20])}{' ...' * (len(class_names) > 20)}")
+    return found
 
 
 def find_sampler(checkpoint: Checkpoint, name: str | None, steps: int | None, eta: float | None

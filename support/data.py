@@ -223,7 +223,7 @@ def load_celeba(root: Path, image_size: int, split: str, attribute: str) -> Imag
     files = [root / "celeba" / "img_align_celeba" / name for name in raw.filename]
     try:
         images = np.load(cache)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         images = read_images(files, image_size)
         try:
             np.save(cache, images)
@@ -307,8 +307,9 @@ def load_latents(path: Path, image_size: int | None, split: str) -> ImageSet:
         latents, labels, names = (found[key] for key in ("latents", "labels", "class_names"))
         N, C, H, W = latents.shape
         assert found["format"] == "dit-latents/1" and H == W and labels.shape == (N,)
-        assert latents.isfinite().all() and 0 <= labels.min() <= labels.max() < len(names)
-        assert all(isinstance(name, str) for name in names)
+        assert latents.is_floating_point() and latents.half().isfinite().all()
+        assert labels.dtype == torch.int64 and 0 <= labels.min() <= labels.max() < len(names)
+        assert isinstance(names, list) and all(isinstance(name, str) for name in names)
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         raise UserError(f"{path} holds no valid latents: python -m tools.convert encode writes "
                         f"them") from None
