@@ -1,289 +1,359 @@
-"""Time training and sampling: images/s, use of the hardware, memory, seconds to the first step.
+"""Time training steps and sampling, in turn with what they are compared to.
 
-    python -m tools.benchmark                   the preset's model: fp32, bf16, attention kernels
-    python -m tools.benchmark --compile         each of them also compiled
-    python -m tools.benchmark --busy 1 2        what training selects, beside busy processes
-    python -m tools.benchmark --against models.py:DiT --sample 20
-                                                beside the published loop with that network
-    python -m tools.benchmark --scaling         how a step grows with tokens, width and depth
+    python -m tools.benchmark --compile                 in fp32 and bf16, compiled and not
+    python -m tools.benchmark --against --sample 20     the published loop and sampler, and ours
+    python -m tools.benchmark --against models.py:DiT   the same with the published network itself
+    python -m tools.benchmark --model DiT-B/2 --image-size 32 --channels 4      latents of 256x256
+    python -m tools.benchmark --busy 1 2                alone, and beside busy processes
+    python -m tools.benchmark --scaling                 with more tokens, width and depth
+    python -m tools.benchmark --profile FILE.txt        where the time of some steps goes
 
 Every round times each row in turn, so that a machine that slows down, or is shared, slows them all;
-the speed-up is the median over the rounds of the ratio to the first row. It times `train` of
-train_mnist.py on glyphs. MFU (model flops utilisation): flops per second of the network's forward
-and backward over those of a large matrix product in the same precision.
+the speed-up is the median over the rounds of the ratio to the first row. MFU (model flops
+utilisation): flops per second of the network's forward and backward over those of a large matrix
+product in the same precision. The images are noise: their content does not change the time.
 """
-
-import sys
-
-if not __package__:
-    print("error: run this file as a module: python -m tools.benchmark", file=sys.stderr)
-    sys.exit(2)
 
 import support.threads  # noqa: F401  (before torch)
 
-import json
+import copy
+import itertools
 import os
+import runpy
 import subprocess
-import tempfile
+import sys
 import time
 from argparse import Namespace
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
+from math import inf, log
 from pathlib import Path
+from statistics import linear_regression, median
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_mnist
-from dit import MODELS
-from support import data, distributed, paths
-from support.cli import (
-    BATCH, COUNT, Parser, UserError, atomic_write, check_target,
-    io_errors, number, run_command, say, shorten)
-from support.distributed import COMPILE_PAYS
-from support.settings import Settings
-from tools.implementations import (
-    VARIANTS, Ours, Published, load_factory, new_model, step_flops)
-from tools.timing import described, hardware, matmul_rate, rows_of, table, time_rounds
+from diffusion import GaussianDiffusion, classifier_free_guidance
+from dit import MODELS, DiT
+from sample import Checkpoint, sample
+from support import compute, data, replay
+from support.command import (
+    COUNT, Parser, UserError, atomic_write, check_target, number, reason, run_command, say, short)
+from support.registry import PROCESSES
 
-WARM_UP = 2                     # steps of each row before the first round, with compilation
-PROFILED = 20                   # steps
-TOKENS = ((28, 7), (28, 4), (28, 2), (64, 2))       # image side, patch: 16 to 1,024 tokens
-FACTORS = (1, 2, 4)                                 # of the model's width, and of its depth
+IMAGES = 64         # sampled in one batch
+BUSY = """import os, sys
+print(flush=True)
+while os.getppid() == int(sys.argv[1]):     # ends with its parent, however that ends
+    sum(range(1_000_000))"""
+
+# ---------------------------------------------------------------- timing
+
+
+def time_rounds(works: dict[str, Callable], rounds: int, per: int, device: torch.device,
+                busy: tuple[int, ...] = (), warm_up: int = 1) -> dict[str, dict[str, float]]:
+    """Time each work in turn, `rounds` times, alone and beside each number of busy processes. For
+    each: the median, the fastest and the slowest in ms, divided by `per`, and the median over the
+    rounds of the ratio to the first."""
+    synchronize = getattr(torch, device.type).synchronize       # nothing to wait for on the CPU
+    times = {(name, n): [] for n in (0, *busy) for name in works}
+    for work in works.values():
+        for _ in range(warm_up):
+            work()                              # compiles, captures, allocates
+    for _ in range(rounds):
+        for n in (0, *busy):
+            with busy_processes(n):
+                for name, work in works.items():
+                    synchronize()
+                    start = time.perf_counter()
+                    work()
+                    synchronize()
+                    times[name, n].append(1000 * (time.perf_counter() - start) / per)
+    first = next(iter(times.values()))
+    return {name + f", {n} busy" * (n > 0): {
+        "ms": median(own), "fastest": min(own), "slowest": max(own),
+        "speed-up": median(x / y for x, y in zip(first, own, strict=True))}
+        for (name, n), own in times.items()}
+
+
+@contextmanager
+def busy_processes(count: int):
+    """`count` processes that compute without a pause until the block ends."""
+    running = [subprocess.Popen([sys.executable, "-S", "-c", BUSY, str(os.getpid())],
+                                stdout=subprocess.PIPE) for _ in range(count)]
+    try:
+        for process in running:
+            process.stdout.readline()           # it has started
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+
+
+def show(title: str, rows: dict[str, dict[str, float]]) -> None:
+    columns = next(iter(rows.values()))
+    say("", title, " " * 28 + "".join(f"{column:>10}" for column in columns), *(
+        f"{name:28}" + "".join(f"{n:10,.2f}" for n in row.values()) for name, row in rows.items()))
+
+
+def hardware(device: torch.device) -> str:
+    """What the numbers depend on, in a line."""
+    about = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    names = ["CPU", *(s.partition(": ")[2] for s in about.splitlines() if "model name" in s)]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else names[-1]
+    return (f"{name}, {os.cpu_count()} CPU cores, torch {torch.__version__}, "
+            f"{torch.get_num_threads()} threads, on {device.type}")
+
+
+# ---------------------------------------------------------------- what is timed
+
+
+class Ours:
+    """A network in training: each call makes one more step, as `train` of train_mnist.py does."""
+
+    def __init__(self, args: Namespace, precision: str, compiled: bool):
+        self.args, self.precision, self.steps = args, precision, itertools.count()
+        self.model = DiT(**args.sizes).to(args.device)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.diffusion = GaussianDiffusion(prediction=args.prediction, weighting=args.weighting)
+        self.diffusion.to(args.device)
+        self.optimizers = train_mnist.make_optimizers(self.model, args)
+        net = compute.prepare(self.model, args.device, precision, compiled)
+        scaler = torch.amp.GradScaler(args.device.type, enabled=precision == "fp16")
+        self.update = partial(train_mnist.training_step, net, self.ema, self.optimizers,
+                              self.diffusion, scaler, args.clip or inf)
+        if args.device.type == "cuda" and not scaler.is_enabled():
+            self.update = replay.replayed_step(self.update, self.optimizers, args.device)
+
+    def __call__(self) -> None:
+        args, step = self.args, next(self.steps)
+        rng = compute.StepRandom(args.device, 0, step, args.batch_size, slice(None))
+        x0, y = args.batches(step)
+        y = torch.where(rng.uniform() < args.label_dropout, self.model.null_class, y)
+        t = train_mnist.draw_timesteps(self.diffusion, rng, args)
+        eps = rng.normal(*x0.shape[1:])
+        compute.set_learning_rates(self.optimizers, train_mnist.schedule(
+            step, args.steps, args.warmup, args.decay))
+        self.update(x0, t, y, eps, train_mnist.ema_decay_at(step, args.ema_decay))
+
+    def sample(self, precision: str) -> None:
+        checkpoint = Checkpoint(self.ema, self.diffusion, [], train_mnist.SAMPLING)
+        list(sample(checkpoint, torch.arange(IMAGES) % 10, cfg_scale=2.0, steps=self.args.sample,
+                    precision=precision))
+
+
+class PublishedDiT(DiT):
+    """`dit.DiT`, which computes what the published network does, with its label dropout inside."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if self.training:
+            y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.null_class, y)
+        return super().forward(x, t, y)
+
+
+class Published:
+    """A network in training by the published loop (train.py of facebookresearch/DiT): each call
+    makes one more step, in fp32 (TF32 on a GPU), without data loader and autoencoder."""
+
+    precision = "fp32"
+
+    def __init__(self, args: Namespace, network: Callable):
+        self.args, self.steps, self.running_loss = args, itertools.count(), 0.0
+        self.model = network(**args.sizes, learn_sigma=True).to(args.device).train()
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.ema.null_class = args.sizes["num_classes"]
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0)
+        self.diffusion = PROCESSES["learned-variance"](prediction="eps").to(args.device)
+
+    def __call__(self) -> None:
+        x0, y = self.args.batches(next(self.steps))
+        t = torch.randint(0, self.diffusion.num_timesteps, (len(y),), device=x0.device)
+        loss = self.diffusion.loss(self.model, x0, t, y, torch.randn_like(x0)).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            average = dict(self.ema.named_parameters())
+            for name, parameter in self.model.named_parameters():
+                average[name].mul_(0.9999).add_(parameter.data, alpha=1 - 0.9999)
+        self.running_loss += loss.item()        # here it waits for the device
+
+    def sample(self) -> None:
+        """DDPM with the learned variances over some of the timesteps."""
+        xT = torch.randn_like(self.args.batches(0)[0][:1].expand(IMAGES, -1, -1, -1))
+        y = torch.arange(IMAGES, device=xT.device) % 10
+        predict = self.diffusion.guided(classifier_free_guidance)(self.ema, y, 2.0)
+        list(self.diffusion.ddpm_sample(predict, xT, steps=self.args.sample))
+
+
+def published_network(spec: str) -> Callable:
+    """NETWORK of FILE.py:NETWORK, which is executed; PublishedDiT without one."""
+    if not spec:
+        return PublishedDiT
+    file, _, name = spec.rpartition(":")
+    try:
+        return runpy.run_path(file)[name]
+    except Exception as error:                  # whatever that file does
+        raise UserError(f"--against {spec}: no FILE.py:NETWORK ({reason(error)})") from None
+
 
 # ---------------------------------------------------------------- the measurements
 
 
-def competitors(flags: Namespace, args: Namespace, device: torch.device, images: data.ImageSet
-                ) -> dict:
-    """Name -> a function that makes what is timed. The first one is what speed-ups refer to."""
-    makers = {}
-
-    def ours(name: str, variant: str | None = None, compiler=(False, True)[: 1 + flags.compile],
-             **changed) -> None:
-        for compiled in compiler:
-            its = Namespace(**{**vars(args), **changed, "compile": compiled})
-            title = name + ", compiled" * compiled
-            makers[title] = partial(Ours, title, its, device, images, variant)
-
-    if flags.against:
-        factory = load_factory(flags.against)
-        makers["theirs"] = partial(Published, "theirs", factory, args, device, images)
-        for optimizer in ("adamw", "muon"):
-            ours(f"ours, {optimizer}", optimizer=optimizer)
-    elif flags.busy:
-        ours("as trained", compiler=(False, True) if flags.compile else (args.compile,))
-    else:
-        for name in VARIANTS:
-            ours(name, name)
-    return makers
+def comparisons(args: Namespace) -> dict[str, Ours | Published]:
+    """What is timed. The first one is what speed-ups refer to."""
+    works, kinds = {}, [(name, name, "muon") for name in dict.fromkeys(("fp32", "bf16", args.best))]
+    if args.against is not None:
+        works["published"] = Published(args, published_network(args.against))
+        kinds = [(f"ours, {name}", args.best, name) for name in ("adamw", "muon")]
+    elif args.busy:
+        kinds = [("as trained", args.best, "muon")]
+    for name, precision, optimizer in kinds:
+        for compiled in (False, True)[: 1 + args.compile]:
+            its = Namespace(**{**vars(args), "optimizer": optimizer})
+            works[name + ", compiled" * compiled] = Ours(its, precision, compiled)
+    return works
 
 
-def warmed_up(makers: dict, device: torch.device) -> tuple[list, dict[str, float]]:
-    """What the makers make, after its first steps; on a GPU the peak memory of each, in MB."""
-    works, memory, cuda = [], {}, device.type == "cuda"
-    for name, make in tqdm(makers.items(), desc="warming up", leave=False, dynamic_ncols=True):
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        works.append(make())
-        works[-1](WARM_UP)
-        if cuda:
-            memory[name] = (torch.cuda.max_memory_allocated() - before) / 1e6
-    return works, memory
+def time_steps(works: dict, args: Namespace) -> dict[str, dict[str, float]]:
+    n = args.steps_per_round
+    repeated = {name: lambda work=work: [work() for _ in range(n)] for name, work in works.items()}
+    return time_rounds(repeated, args.rounds, n, args.device, args.busy,
+                       warm_up=1 + replay.WARM_UP // n)
 
 
-def benchmark_training(flags: Namespace, args: Namespace, device: torch.device,
-                       images: data.ImageSet, works: list, memory: dict) -> dict:
-    flops = step_flops(args, images)
-    rate = {name: matmul_rate(name, device) for name in sorted({w.precision for w in works})}
-    n = flags.steps_per_round
-    times = time_rounds({w.name: partial(w, n) for w in works}, flags.rounds, device, "training",
-                        (0, *flags.busy))
-    rows, of = rows_of(times, n, n * args.batch_size), {w.name: w for w in works}
-    for row in rows:
-        row["precision"] = of[row["name"]].precision
-        row["mfu"] = 1000 * flops / row["ms"] / rate[row["precision"]]
-        if memory:
-            row["memory_mb"] = memory[row["name"]]
-    say("", f"training: {flags.rounds} rounds of {n} steps, in turn; train_mnist.py selects "
-        f"{distributed.pick_precision('auto', device)} here", *table(rows, "step"),
-        f"a step: {flops / 1e9:,.1f} GFLOP; a large matrix product, in GFLOP/s: "
-        + ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in rate.items()))
-    return dict(flops_per_step=flops, matmul_flops_per_s=rate, training=rows)
+def training(works: dict, args: Namespace) -> None:
+    rows, flops, rates = time_steps(works, args), step_flops(args), {}
+    for precision in {work.precision for work in works.values()}:
+        side = 8192 if args.device.type == "cuda" else 2048
+        matrix = torch.randn(side, side, device=args.device, dtype=compute.DTYPES[precision])
+        row = time_rounds({"": lambda x=matrix: x @ x}, args.rounds, 1, args.device)[""]
+        rates[precision] = 2 * side**3 / row["fastest"]
+    for name, row in rows.items():
+        precision = works[name].precision if name in works else args.best       # beside busy ones
+        row["MFU %"] = 100 * flops / row["ms"] / rates[precision]
+    show(f"ms of a training step, {args.rounds} rounds of {args.steps_per_round} steps", rows)
+    say(f"a step: {flops / 1e9:,.1f} GFLOP; a large matrix product, in GFLOP/s: "
+        + ", ".join(f"{name} {rate / 1e6:,.0f}" for name, rate in rates.items()))
 
 
-def benchmark_sampling(flags: Namespace, args: Namespace, device: torch.device, works: list
-                       ) -> dict:
-    """DDIM as in sample.py, in fp32 and in the precision of training. Guidance 1 is one forward per
-    step, 2 is two. The other implementation samples with guidance, by its own sampler."""
-    y, steps = torch.arange(flags.images) % 10, flags.sample
-    draws = {"theirs": partial(works[0].sample, y, steps, 2.0)} if flags.against else {}
-    for precision in dict.fromkeys(("fp32", distributed.pick_precision("auto", device))):
-        for scale in (2.0,) if flags.against else (1.0, 2.0):
-            name = f"ours, {precision}" if flags.against else f"guidance {scale:g}, {precision}"
-            draws[name] = partial(works[-1].sample, y, steps, scale, precision)
-    for draw in draws.values():
-        draw()
-    times = time_rounds(draws, flags.rounds, device, "sampling", (0, *flags.busy))
-    rows = rows_of(times, len(y), len(y))
-    say("", f"sampling: {flags.rounds} rounds of {len(y)} images in one batch, {steps} steps"
-        + ", guidance 2" * bool(flags.against), *table(rows, "image"))
-    return dict(sampling=rows)
+def step_flops(args: Namespace) -> int:
+    """Flops of a training step's forward and backward, counted on the CPU for one image."""
+    side, channels = args.sizes["input_size"], args.sizes["in_channels"]
+    x0, t = torch.zeros(1, channels, side, side), torch.tensor([0])
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        GaussianDiffusion().loss(DiT(**args.sizes), x0, t, t, x0).mean().backward()
+    return args.batch_size * counter.get_total_flops()
 
 
-def benchmark_scaling(flags: Namespace, args: Namespace, device: torch.device,
-                      images: data.ImageSet) -> dict:
-    """The step against tokens, width and depth, others equal; exponents fitted by least squares."""
-    size, report = args.sizes, {}
-    series = {
-        "tokens": {(side // p) ** 2: (side, dict(size, patch_size=p)) for side, p in TOKENS},
-        "width": {size["hidden_size"] * k: (28, dict(size, hidden_size=size["hidden_size"] * k,
-                                                     num_heads=size["num_heads"] * k))
-                  for k in FACTORS},
-        "depth": {size["depth"] * k: (28, dict(size, depth=size["depth"] * k)) for k in FACTORS}}
+def sampling(works: dict, args: Namespace) -> None:
+    ours = list(works.values())[-1]
+    draws = {"published": works["published"].sample} if args.against is not None else {}
+    for precision in dict.fromkeys(("fp32", compute.pick_precision("auto", args.device))):
+        draws[f"ours, {precision}"] = partial(ours.sample, precision)
+    show(f"ms of a sample, {args.rounds} rounds of {IMAGES} in {args.sample} steps, guidance 2",
+         time_rounds(draws, args.rounds, IMAGES, args.device, args.busy))
+
+
+def scaling(args: Namespace) -> None:
+    """The step against tokens, width and depth; exponents fitted by least squares."""
+    width, heads, depth = (args.sizes[key] for key in ("hidden_size", "num_heads", "depth"))
+    series = dict(
+        tokens={(side // p) ** 2: dict(input_size=side, patch_size=p)
+                for side, p in ((28, 7), (28, 4), (28, 2), (64, 2))},
+        width={width * k: dict(hidden_size=width * k, num_heads=heads * k) for k in (1, 2, 4)},
+        depth={depth * k: dict(depth=depth * k) for k in (1, 2, 4)})
     for name, cases in series.items():
-        makers, flops = {}, []
-        for value, (side, sizes) in cases.items():
-            its = Namespace(**{**vars(args), "sizes": sizes})
-            scaled = replace(images, images=F.interpolate(images.images, (side, side)))
-            makers[f"{value:,} {name}"] = partial(Ours, f"{value:,} {name}", its, device, scaled)
-            flops.append(step_flops(its, scaled))
-        works, _ = warmed_up(makers, device)
-        n = flags.steps_per_round
-        rows = rows_of(time_rounds({w.name: partial(w, n) for w in works}, flags.rounds, device,
-                                   name), n, n * args.batch_size)
-        for row, count in zip(rows, flops, strict=True):
-            row["gflop"] = count / 1e9
-        exponents = {key: float(np.polyfit(np.log(list(cases)), np.log([r[key] for r in rows]),
-                                           1)[0]) for key in ("ms", "gflop")}
-        say("", *table(rows, "step"), f"time ~ {name}^{exponents['ms']:.2f}, flops ~ "
-            f"{name}^{exponents['gflop']:.2f}")
-        report[name] = dict(rows=rows, exponents=exponents)
-    return dict(scaling=report)
+        settings = [with_sizes(args, **{**args.sizes, **changed}) for changed in cases.values()]
+        rows = time_steps({f"{value:,} {name}": Ours(its, args.best, args.compile)
+                           for value, its in zip(cases, settings, strict=True)}, args)
+        for row, its in zip(rows.values(), settings, strict=True):
+            row["GFLOP"] = step_flops(its) / 1e9
+        show("ms of a training step", rows)
+        fits = [linear_regression([log(value) for value in cases], [
+            log(row[key]) for row in rows.values()]).slope for key in ("ms", "GFLOP")]
+        say(f"time ~ {name}^{fits[0]:.2f}, flops ~ {name}^{fits[1]:.2f}")
 
 
-def first_step(args: Namespace, device: torch.device, data_dir: str | None) -> dict:
-    """Seconds from the command to the end of train_mnist.py's first step and, on a CPU, the peak
-    memory of its process until then."""
-    with tempfile.TemporaryDirectory() as folder:
-        record, errors = Path(folder, "run", "metrics.jsonl"), Path(folder, "errors.txt")
-        words = ["--dataset", "mnist" if data_dir else "glyphs", "--model", args.model,
-                 "--batch-size", args.batch_size, "--optimizer", args.optimizer, "--steps", 1,
-                 "--log-every", 1, "--device", device, "--out", record.parent]
-        words += ["--data-dir", data_dir] if data_dir else []
-        with errors.open("w") as file:
-            start = time.perf_counter()
-            process = subprocess.Popen([sys.executable, str(paths.ROOT / "train_mnist.py"),
-                                        *map(str, words)], stdout=subprocess.DEVNULL, stderr=file)
-        try:
-            while not (record.exists() and record.stat().st_size):
-                if process.poll() is not None:
-                    raise UserError(f"train_mnist.py: {shorten(errors.read_text().strip())}")
-                time.sleep(0.01)
-            found = dict(seconds=time.perf_counter() - start)
-        finally:
-            process.kill()
-            usage = None
-            if process.returncode is None and hasattr(os, "wait4"):
-                _, process.returncode, usage = os.wait4(process.pid, 0)
-            process.wait()
-    if device.type == "cpu" and usage is not None:
-        found["memory_mb"] = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-    say("", f"from the command to the end of the first step: {found['seconds']:.1f} s"
-        + (f", peak memory {found['memory_mb']:,.0f} MB" if "memory_mb" in found else ""))
-    return dict(first_step=found)
-
-
-def profile(path: Path, work: Ours) -> None:
-    """Write torch.profiler's table of some steps, by the time of each operation itself."""
+def profile(work: Ours, path: Path) -> None:
+    """Write torch.profiler's table, by the time of each operation itself."""
+    for _ in range(1 + replay.WARM_UP):
+        work()
     with torch.profiler.profile() as profiler:
-        work(PROFILED)
-    kind = "device" if work.device.type == "cuda" else "cpu"
+        for _ in range(work.args.steps_per_round):
+            work()
+    kind = "device" if work.args.device.type == "cuda" else "cpu"
     text = profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=40)
-    with io_errors(f"{path} cannot be written"):
-        atomic_write(path, lambda file: file.write(text.encode()))
-    say(f"written: {path} ({PROFILED} steps)")
+    atomic_write(path, lambda file: file.write(text.encode()))
+    say(f"written: {short(path)}")
 
 
 # ---------------------------------------------------------------- the command
 
 
+def with_sizes(args: Namespace, **sizes) -> Namespace:
+    """args for a network of these sizes, with batches of noise."""
+    shape = max(256, args.batch_size), sizes["in_channels"], *[sizes["input_size"]] * 2
+    images = data.ImageSet(torch.randint(256, shape, dtype=torch.uint8),
+                           torch.arange(shape[0]) % 10, list("0123456789"), "noise")
+    batches = data.Batches(images.to(args.device), args.batch_size, 0, args.device)
+    return Namespace(**{**vars(args), "sizes": sizes, "batches": batches})
+
+
 def main(argv: list[str] | None = None) -> int:
     flags = parser().parse_args(argv)
-    if distributed.world_size() > 1:
-        raise UserError("benchmark runs in one process")
-    for path, suffix in ((flags.json, ".json"), (flags.profile, ".txt")):
-        if path is not None:
-            check_target(path, flags.force, suffix)
-    device = distributed.pick_device(flags.device)
-    given = {key: getattr(flags, key) for key in ("model", "batch_size", "optimizer")
-             if getattr(flags, key) is not None}
-    if flags.scaling:
-        given = dict(batch_size=16) | given
-    args = Settings(train_mnist.RECIPE, train_mnist.PRESETS).resolve(
-        given | dict(steps=PROFILED + WARM_UP + flags.rounds * flags.steps_per_round), device.type)
-    args.sizes = MODELS[args.model]
-    args.compile = distributed.should_compile(
-        flags.compile or None, device, COMPILE_PAYS if flags.busy else 0)
-    images = data.draw_glyphs(max(256, args.batch_size))
-    model, _ = new_model(args, images)
-    report = dict(hardware=hardware(device), model=args.model, batch_size=args.batch_size,
-                  optimizer=args.optimizer, prediction=args.prediction,
-                  parameters=sum(p.numel() for p in model.parameters()))
-    say(*described(report["hardware"]), f"{args.model}, {report['parameters']:,} parameters, batch "
-        f"{args.batch_size}, {args.optimizer}, predicts {args.prediction}")
-    if flags.scaling:
-        report |= benchmark_scaling(flags, args, device, images)
-    elif flags.profile:
-        [work], _ = warmed_up({"": partial(Ours, "", args, device, images)}, device)
-        profile(flags.profile, work)
-    else:
-        works, memory = warmed_up(competitors(flags, args, device, images), device)
-        report |= benchmark_training(flags, args, device, images, works, memory)
-        if flags.sample:
-            report |= benchmark_sampling(flags, args, device, works)
-        if not (flags.against or flags.busy):
-            report |= first_step(args, device, flags.data_dir)
-    if flags.json:
-        with io_errors(f"{flags.json} cannot be written"):
-            text = json.dumps(report, indent=1) + "\n"
-            atomic_write(flags.json, lambda file: file.write(text.encode()))
+    if flags.profile:
+        check_target(flags.profile, suffix=".txt")
+    flags.device = device = compute.pick_device(flags.device)
+    if flags.compile:
+        compute.pick_compile(True, device, None, 0, 0)                  # or refuse
+    preset = train_mnist.PRESETS["cpu" if device.type == "cpu" else "gpu"]
+    given = {key: value for key, value in vars(flags).items() if value is not None}
+    args = Namespace(**{**train_mnist.RECIPE, **preset, "against": None, **given},
+                     best=compute.pick_precision("auto", device, training=True))
+    args = with_sizes(args, **{**MODELS[args.model], "input_size": args.image_size,
+                               "in_channels": args.channels, "num_classes": 10})
+    say(hardware(device), f"{args.model}, batch {args.batch_size} of {args.channels}x"
+        f"{args.image_size}x{args.image_size}, predicts {args.prediction}")
+    try:
+        if flags.profile:
+            profile(Ours(args, args.best, args.compile), flags.profile)
+        elif flags.scaling:
+            scaling(args)
+        else:
+            works = comparisons(args)
+            training(works, args)
+            if flags.sample:
+                sampling(works, args)
+    except ValueError as error:                 # the patch does not fit, say
+        raise UserError(f"--model {args.model}: {error}") from None
     return 0
 
 
 def parser() -> Parser:
     p = Parser(__doc__)
-    p.add_argument("--model", choices=MODELS, metavar="NAME", help="a name of dit.MODELS (default: "
-                   "the device's preset)")
-    p.add_argument("--batch-size", type=BATCH, help="images per step (default: the preset's; 16 "
-                   "with --scaling)")
-    p.add_argument("--optimizer", choices=("muon", "adamw"), help="(default: the preset's)")
-    p.add_argument("--rounds", type=COUNT, default=10, help="timings of each row (default: 10)")
-    p.add_argument("--steps-per-round", type=COUNT, default=10, metavar="N", help="training steps "
-                   "timed as one (default: 10)")
+    p.add_argument("--model", choices=MODELS, metavar="NAME", help="(default: the preset's)")
+    for flag, default, text in (
+            ("batch-size", None, "images per step (default: the preset's)"),
+            ("image-size", 28, "(default: 28)"), ("channels", 1, "(default: 1)"),
+            ("rounds", 10, "timings of each row (default: 10)"),
+            ("steps-per-round", 10, "training steps timed as one (default: 10)")):
+        p.add_argument(f"--{flag}", type=COUNT, default=default, metavar="N", help=text)
     p.add_argument("--compile", action="store_true", help="also time each row with torch.compile")
-    p.add_argument("--busy", type=number(int, 1, 256), nargs="+", default=[], metavar="N",
-                   help="time what training selects alone, and beside N processes that compute "
-                   "without a pause")
-    p.add_argument("--against", metavar="FILE.py:FACTORY", help="time the published training step "
-                   "with the network FACTORY(input_size=..., patch_size=..., ...), and ours with "
-                   "the same optimizer and with Muon. Executes the file")
-    p.add_argument("--sample", type=number(int, 1, train_mnist.DIFFUSION["num_timesteps"]),
-                   nargs="?", const=50, metavar="STEPS", help="also time sampling in STEPS steps "
-                   "(default: 50)")
-    p.add_argument("--images", type=BATCH, default=64, help="images sampled in one batch "
-                   "(default: 64)")
-    p.add_argument("--scaling", action="store_true", help="time the step with more tokens, width "
-                   "and depth instead")
-    p.add_argument("--profile", type=Path, metavar="FILE.txt", help="write torch.profiler's table "
-                   f"of {PROFILED} steps instead")
-    p.add_argument("--data-dir", metavar="DIR", help="where MNIST is, for the time to the first "
-                   "step (default: glyphs, which take seconds to draw)")
-    p.add_argument("--json", type=Path, metavar="FILE.json", help="write the results")
-    p.add_argument("--force", action="store_true", help="overwrite existing files")
+    p.add_argument("--busy", type=number(int, 1, 256), nargs="+", default=(), metavar="N",
+                   help="time training alone, and beside N processes that compute without a pause")
+    p.add_argument("--against", nargs="?", const="", metavar="FILE.py:NETWORK", help="time the "
+                   "published loop as well, with the network of that file, which is executed, as "
+                   "NETWORK(input_size=..., learn_sigma=True) (default: that of dit.py)")
+    p.add_argument("--sample", type=number(int, 1, 1000), nargs="?", const=50, metavar="STEPS",
+                   help="also time guided sampling in STEPS steps (default: 50)")
+    p.add_argument("--scaling", action="store_true", help="more tokens, width, depth instead")
+    p.add_argument("--profile", type=Path, metavar="FILE.txt", help="write torch.profiler's table")
     p.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
     return p
 
