@@ -10,6 +10,7 @@ import math
 import os
 import shlex
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -75,7 +76,7 @@ class Run:
             raise UserError(f"{path} is a folder: --resume --out {path} continues the run in it")
         state, self.source = checkpoint.load(path, full=True), path.parent
         branch = folder.resolve() != path.parent.resolve()
-        if branch and folder.is_dir() and any(folder.iterdir()) or not branch and any(
+        if branch and any(not is_left_over(p) for p in folder.glob("*")) or not branch and any(
                 int(p.stem[5:]) > state["step"] for p in checkpoint.checkpoints_in(folder)):
             raise UserError(f"{folder} holds other work: give a new --out to branch off from "
                             f"{path}")
@@ -109,10 +110,11 @@ class Run:
             raise UserError(f"the data set is not the run's: {about} here, {recorded} there")
         return found[0]
 
-    def load_initial(self, model: torch.nn.Module, class_names: list[str]) -> None:
+    def load_initial(self, model: torch.nn.Module, class_names: list[str], same: Callable) -> None:
         """Copy the weights of --init-from into a new model, as far as they fit."""
         if self.args.init_from:
-            checkpoint.load_fitting(model, checkpoint.find_checkpoint(self.args.init_from))
+            checkpoint.load_fitting(model, checkpoint.find_checkpoint(self.args.init_from),
+                                    class_names, same)
 
     # ------------------------------------------------------------ beginning and end
 
@@ -151,7 +153,7 @@ class Run:
             label = f"{self.about_data['dataset']}-{self.args.model}"
             folder = Path(self.args.out) if self.args.out else checkpoint.new_folder(label)
             check_target(folder / "config.json", force=True)
-            if any(p.name != "lock" and p.suffix != ".tmp" for p in folder.iterdir()):
+            if any(not is_left_over(p) for p in folder.iterdir()):
                 raise UserError(f"{folder} is not empty: --resume --out {folder} continues a run, "
                                 f"another --out starts one")
             self.lock = checkpoint.lock_folder(folder)
@@ -335,7 +337,7 @@ class Run:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM ask for a stop after the step; a second Ctrl-C stops at once.
+        """Ctrl-C, SIGTERM and SIGHUP ask for a stop after the step; a second Ctrl-C stops at once.
         torchrun forwards its own signals, so under it a SIGINT within a second is no second one."""
         since = 0.0
 
@@ -349,12 +351,20 @@ class Run:
                 self.signal, since = signum, time.monotonic()
                 os.write(2, b"\nstopping after this step, with a checkpoint\n")
 
-        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+                  if hasattr(signal, name)]             # SIGHUP: a closed ssh session
+        before = {s: signal.signal(s, handle) for s in wanted} if \
+            threading.current_thread() is threading.main_thread() else {}
         try:
             yield
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+
+
+def is_left_over(path: Path) -> bool:
+    """Is this what a kill before the first checkpoint leaves in a folder?"""
+    return path.name == "lock" or path.suffix == ".tmp"
 
 
 def loss_in_eps(diffusion, loss: Tensor, t: Tensor) -> Tensor:
