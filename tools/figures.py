@@ -1,274 +1,220 @@
-"""The figures of the README and the docs, for any data set, checkpoint or sweep.
+"""The figures of README.md and docs/, for any data set, checkpoint, run or evaluation.
 
     python -m tools.figures forward                     a digit at several t, from x0 to noise
-    python -m tools.figures attention CKPT              what one patch of a digit attends to
+    python -m tools.figures attention CKPT              what one patch attends to, by each head
     python -m tools.figures guidance CKPT               the same noise at several guidance scales
     python -m tools.figures x0hat CKPT_EPS CKPT_V       each model's estimate of the clean image
-    python -m tools.figures error CKPT...               error in eps against t
-    python -m tools.figures sweep FILE.jsonl...         tools.evaluate's results against guidance
-                                                        and steps
+    python -m tools.figures sweep FILE.jsonl            tools.evaluate's results against guidance
     python -m tools.figures accuracy NAME=FILE.jsonl... distance and recall against accuracy
     python -m tools.figures densities                   the noise levels that training draws
-    python -m tools.figures loss RUN...                 loss against the step, in all and in each
-                                                        quarter of t
-    python -m tools.figures training RUN                the run's previews as a GIF
+    python -m tools.figures loss RUN...                 loss against the step, also by quarters of t
 
-Each writes --out FILE.png, or a new numbered file under output/. `error`, `sweep`, `accuracy`,
-`densities` and `loss` need matplotlib.
+Each writes --out FILE.png, or a new numbered file under output/. The last four need matplotlib.
 """
 
-import sys
+import support.threads  # noqa: F401  (before torch)
 
-if not __package__:
-    print("error: run this file as a module: python -m tools.figures", file=sys.stderr)
-    sys.exit(2)
-
+import inspect
 import json
 import math
 from argparse import Namespace
 from pathlib import Path
+from statistics import NormalDist
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from tqdm import tqdm
+from torch.overrides import TorchFunctionMode
 
 from diffusion import GaussianDiffusion, classifier_free_guidance
-from dit import Attention, patchify
-from sample import Checkpoint, sample
-from support import checkpoints, distributed, paths
-from support.cli import (
-    BATCH, COUNT, SCALE, SEED, Parser, UserError, atomic_write, check_target, io_errors, next_free,
-    number, run_command, say)
-from support.curves import draw_losses, read_metrics
-from support.data import to_uint8
-from support.folders import find_checkpoint, newest_run
-from support.pictures import animation, titled
-from support.sampling import resolve_sampling
-from support.seeds import generator
-from tools import charts, evaluate
-from tools.charts import METRICS
+from dit import patchify
+from sample import Checkpoint, label_of, load, sample
+from support import checkpoint as checkpoints
+from support import command, compute, data
+from support.command import (
+    COUNT, SEED, Parser, UserError, atomic_write, check_target, next_free, number, run_command, say,
+    short)
+from tools.evaluate import class_balanced_order
+from train_mnist import RECIPE
 
-FORWARD_TIMES = [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999]
-X0HAT_TIMES = [999, 950, 900, 800, 600, 400, 200, 50]
-ATTENTION_TIMES = [800, 50]
-
-# ---------------------------------------------------------------- images and models
-
-
-def load_images(args: Namespace, state: dict | None, device: torch.device
-                ) -> tuple[Tensor, Tensor]:
-    """--images images of the test set, class-balanced, in an order that depends on --seed: x0
-    float32 (N, C, H, H) in [-1, 1] and y int64 (N,), on `device`."""
-    _, test = evaluate.load_data(args, state)
-    if args.images > (count := len(test.images)):
-        raise UserError(f"--images {args.images}: the test set of {test.name} has {count}")
-    order = evaluate.class_balanced_order(count, test.labels.numpy(), args.seed, "figure")
-    return test.batch(torch.from_numpy(order[: args.images]), device)
-
-
-def load_pictures(args: Namespace, state: dict | None, device: torch.device
-                  ) -> tuple[Tensor, Tensor]:
-    """`load_images`, to be drawn. Raises UserError for latents."""
-    x0, y = load_images(args, state, device)
-    if x0.shape[1] not in (1, 3):
-        raise UserError(f"{x0.shape[1]} channels cannot be drawn: latents are no pictures")
-    return x0, y
-
-
-def noise_like(x0: Tensor, *key) -> Tensor:
-    """Standard normal noise that depends on `key` alone, on every device: (N, C, H, H)."""
-    return torch.randn(x0.shape, generator=generator("cpu", *key)).to(x0.device)
-
-
-def noised(diffusion, x0: Tensor, args: Namespace) -> list[Tensor]:
-    """xt (N, C, H, H) for each of --times; an image has the same noise at all of them."""
-    if (latest := max(args.times)) >= (total := diffusion.num_timesteps):
-        raise UserError(f"--times {latest}: t goes from 0 to {total - 1}")
-    eps = noise_like(x0, args.seed, "eps")
-    return [diffusion.q_sample(x0, torch.full((len(x0),), t, device=x0.device), eps)
-            for t in args.times]
-
-
-def load_models(names: list[str], device: torch.device
-                ) -> tuple[dict, list[tuple[str, Checkpoint]]]:
-    """(the state of the first checkpoint, a name and a model for each). The name is the prediction,
-    with the run folder where two are the same. Raises UserError where they cannot be compared."""
-    files = [find_checkpoint(name) for name in names]
-    states = [checkpoints.load(file) for file in files]
-    models = [evaluate.as_checkpoint(file, state, "ema", device)
-              for file, state in zip(files, states, strict=True)]
-    shape = {}
-    for file, state, m in zip(files, states, models, strict=True):
-        noising = {k: v for k, v in state["config"]["diffusion"].items()
-                   if k not in ("prediction", "weighting")}     # what decides xt
-        for key, value in [("input_size", m.model.input_size), ("in_channels", m.model.in_channels),
-                           ("num_classes", m.model.num_classes),
-                           ("process", (state["config"]["process"], noising))]:
-            if shape.setdefault(key, value) != value:
-                raise UserError(f"{file} has {key} {value}, and {files[0]} {shape[key]}: they "
-                                f"cannot share a figure")
-    predictions = [m.diffusion.prediction for m in models]
-    names = [p + f", {file.resolve().parent.name}/{file.stem}" * (predictions.count(p) > 1)
-             for p, file in zip(predictions, files, strict=True)]
-    return states[0], list(zip(names, models, strict=True))
-
+CELL, GAP = 84, 4                               # of a sheet of images, in pixels
+# Told apart by colour-blind readers (Okabe & Ito), and by marker or line style
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5A5A5A")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 
 # ---------------------------------------------------------------- sheets of images
 
 
-def font(size: int):
-    return ImageFont.load_default(size=size)
+def picture(image: Tensor) -> Image.Image:
+    """One image, float (C, H, H) in [-1, 1] (clipped), as CELL x CELL pixels."""
+    pixels = data.to_uint8(image).cpu().permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy()
+    return Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.NEAREST)
 
 
-def picture(image: Tensor, side: int) -> Image.Image:
-    """One image, float (C, H, H) in [-1, 1] (clipped), as side x side pixels."""
-    pixels = to_uint8(image).cpu().permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy()
-    return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
-
-
-def sheet(rows: list, names: list[str], heads: list[str], feet: list[str], group: int = 1
-          ) -> Image.Image:
-    """Rows of images, float tensors (M, C, H, H) or lists of pictures of one size. A name left of
-    each row, a head above each column and a foot of one line or more below it; a wider gap after
-    every `group` rows."""
-    if isinstance(rows[0], Tensor):
-        side = rows[0].shape[-1]
-        rows = [[picture(x, max(84, side)) for x in row] for row in rows]
-    cell, gap = rows[0][0].width, 4
-    left = 12 + max(int(font(14).getlength(name)) for name in names)
-    top, below = 28, 8 + 18 * max(foot.count("\n") + 1 for foot in feet) * any(feet)
-    bottom = top + len(rows) * (cell + gap) + (len(rows) - 1) // group * 3 * gap
-    page = Image.new("RGB", (left + len(heads) * (cell + gap), bottom + below), "white")
+def sheet(rows: list, names: list[str], heads: list[str], feet: list[str] | None = None,
+          group: int = 1000, title: str = "") -> Image.Image:
+    """Rows of images (C, H, H), pictures, or None for a gap. A name left of each row, a head above
+    and a foot of two lines below each column; a wider gap after every `group` rows."""
+    font = ImageFont.load_default(size=14)
+    left = 12 + max(int(font.getlength(name)) for name in names)
+    top, pitch = 28 + 26 * bool(title), CELL + GAP
+    bottom = top + len(rows) * pitch + (len(rows) - 1) // group * 3 * GAP
+    page = Image.new("RGB", (left + len(heads) * pitch, bottom + 44 * bool(feet)), "white")
     draw = ImageDraw.Draw(page)
-    for column, words in enumerate(zip(heads, feet, strict=True)):
-        for y, text in zip((top / 2, bottom + below / 2), words, strict=True):
-            draw.multiline_text((left + column * (cell + gap) + cell / 2, y), text, "black",
-                                font(14), anchor="mm", align="center")
+    draw.text((left, 16), title, "black", font, anchor="lm")
+    for y, words in (top - 14, heads), (bottom + 22, feet or []):
+        for column, text in enumerate(words):
+            draw.multiline_text((left + column * pitch + CELL / 2, y), text, "black", font,
+                                anchor="mm", align="center")
     for r, (row, name) in enumerate(zip(rows, names, strict=True)):
-        y = top + r * (cell + gap) + r // group * 3 * gap
-        draw.text((left - 8, y + cell / 2), name, "black", font(14), anchor="rm")
+        y = top + r * pitch + r // group * 3 * GAP
+        draw.text((left - 8, y + CELL / 2), name, "black", font, anchor="rm")
         for column, image in enumerate(row):
-            page.paste(image, (left + column * (cell + gap), y))
+            if image is not None:
+                image = picture(image) if isinstance(image, Tensor) else image
+                page.paste(image, (left + column * pitch, y))
     return page
 
 
-def forward(args: Namespace, device: torch.device) -> Image.Image:
+def recipe_of(checkpoint: Checkpoint) -> dict:
+    return checkpoints.load(checkpoint.path)["config"]["recipe"]
+
+
+def noised_images(args: Namespace, diffusion, checkpoint: Checkpoint | None = None
+                  ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """--images images of the test set (at most all), class-balanced, in an order that depends on
+    --seed: x0 (N, C, H, H), y (N,), and xt for each of --times, an image's all of one noise."""
+    if (latest := max(args.times)) >= diffusion.num_timesteps:
+        raise UserError(f"--times {latest}: t goes from 0 to {diffusion.num_timesteps - 1}")
+    size, trained_on, device = None, "mnist", "cpu"
+    if checkpoint:
+        size, device = checkpoint.model.input_size, next(checkpoint.model.parameters()).device
+        trained_on = recipe_of(checkpoint).get("dataset") or "mnist"
+    test = data.load(args.dataset or trained_on, args.data_dir, size, "test")
+    if test.channels not in (1, 3) or checkpoint and (test.channels, test.class_names) != (
+            checkpoint.model.in_channels, checkpoint.class_names):
+        raise UserError(f"{test.name} has other classes or channels than the model, or cannot be "
+                        f"drawn: --dataset names the images")
+    order = class_balanced_order(test.labels, args.seed, "figure")[: args.images]
+    x0, y = test.images[order].to(device).float() / 127.5 - 1, test.labels[order].to(device)
+    eps = torch.randn(x0.shape, generator=compute.generator("cpu", args.seed, "eps")).to(device)
+    return x0, y, [diffusion.q_sample(x0, torch.full_like(y, t), eps) for t in args.times]
+
+
+def forward(args: Namespace) -> Image.Image:
     """x0 and its xt at each of --times, alpha (the share of x0) below them: DDPM eq. 4."""
-    diffusion = GaussianDiffusion().to(device)
-    x0, _ = load_pictures(args, None, device)
-    rows = torch.stack([x0, *noised(diffusion, x0, args)], dim=1)       # (N, columns, C, H, H)
-    alphas = [diffusion.alpha_bar[t].sqrt().item() for t in args.times]
-    feet = [f"alpha\n{alpha:.5f}" if alpha > 0.999 else f"alpha\n{alpha:.3f}" for alpha in alphas]
-    return sheet(list(rows), [""] * len(rows), ["x0"] + [f"t = {t}" for t in args.times],
-                 ["", *feet])
+    diffusion = GaussianDiffusion()
+    x0, _, xts = noised_images(args, diffusion)
+    feet = [f"alpha\n{diffusion.alpha[t].item():.4f}" for t in args.times]
+    return sheet(list(torch.stack([x0, *xts], dim=1)), [""] * len(x0),
+                 ["x0", *(f"t = {t}" for t in args.times)], ["", *feet])
 
 
 @torch.no_grad()
-def x0hat(args: Namespace, device: torch.device) -> Image.Image:
+def x0hat(args: Namespace) -> Image.Image:
     """xt at each of --times, and below it the x0_hat of each model, neither guided nor clipped: at
     t = 999 an error of the output is divided by 0.006 for eps, and multiplied by 1 for v."""
-    state, models = load_models(args.checkpoints, device)
-    process = models[0][1].diffusion
-    x0, y = load_pictures(args, state, device)
-    xts = noised(process, x0, args)
-    blocks = [torch.stack([*xts, x0], dim=1)]                   # each (N, columns, C, H, H)
-    for name, m in models:
+    models = [load(name) for name in args.checkpoints]
+    if len({(m.model.input_size, type(m.diffusion), *m.class_names) for m in models}) > 1:
+        raise UserError("these checkpoints differ in their images, classes or process")
+    process = models[0].diffusion
+    x0, y, xts = noised_images(args, process, models[0])
+    kinds = [m.diffusion.prediction for m in models]
+    names, blocks = ["xt"], [torch.stack([*xts, x0], dim=1)]            # (N, columns, C, H, H)
+    for m, name in zip(models, kinds, strict=True):
+        name += f", {m.path.resolve().parent.name}/{m.path.stem}" * (kinds.count(name) > 1)
         predict = classifier_free_guidance(m.model, y, cfg_scale=1)
         found = [m.diffusion.denoise(predict, xt, t, clip=False)[0]
                  for t, xt in zip(args.times, xts, strict=True)]
-        blocks.append(torch.stack(found, dim=1))
-        errors = [(x - x0).square().mean().sqrt().item() for x in found]
+        errors = [(x0_hat - x0).square().mean().sqrt().item() for x0_hat in found]
         say(f"{name}: RMS error of x0_hat " + ", ".join(
             f"{e:.3g} (t={t})" for t, e in zip(args.times, errors, strict=True)))
-    one = torch.ones(1, 1, 1, 1, device=device)                 # without noise: its share in xt
-    shares = [process.q_sample(one, torch.tensor([t], device=device), 0 * one).item()
-              for t in args.times]
-    return sheet([block[i] for i in range(len(x0)) for block in blocks],
-                 ["xt", *(f"x0_hat ({name})" for name, _ in models)] * len(x0),
-                 [f"t = {t}" for t in args.times] + ["x0"],
-                 [f"alpha\n{share:.3f}" for share in shares] + [""], len(blocks))
+        names.append(f"x0_hat ({name})")
+        blocks.append(torch.stack(found, dim=1))
+    feet = [f"alpha\n{process.alpha_sigma(t)[0].item():.4f}" for t in args.times]
+    return sheet([block[i] for i in range(len(x0)) for block in blocks], names * len(x0),
+                 [*(f"t = {t}" for t in args.times), "x0"], feet, len(blocks))
 
 
-def guidance(args: Namespace, device: torch.device) -> Image.Image:
-    """Samples of every class from the same noise, a row for each guidance scale."""
-    _, [(_, checkpoint)] = load_models([args.checkpoint], device)
-    y = torch.arange(min(10, len(checkpoint.class_names)))
-    rows = [next(sample(checkpoint, y, args.seed, resolve_sampling(checkpoint, s, args.steps)))
+def guidance(args: Namespace) -> Image.Image:
+    """Samples of each of --labels from the same noise, a row for each guidance scale."""
+    checkpoint = load(args.checkpoint)
+    names = checkpoint.class_names
+    if checkpoint.sampling.get("latents"):
+        raise UserError(f"{checkpoint.path} makes latents, which cannot be drawn")
+    y = torch.tensor([label_of(text, names) for text in args.labels or names[:10]])
+    rows = [torch.cat(list(sample(checkpoint, y, cfg_scale=s, steps=args.steps, seed=args.seed)))
             for s in args.cfg_scale]
     words = {0: "unconditional", 1: "conditional"}
     return sheet(rows, [f"scale {s:g}: {words.get(s, 'guided')}" for s in args.cfg_scale],
-                 [checkpoint.class_names[i] for i in y], [""] * len(y), len(rows))
+                 [names[i] for i in y])
 
 
-# ---------------------------------------------------------------- attention
+class AttentionWeights(TorchFunctionMode):
+    """Collects the weights of every self-attention that runs inside it, of any network: `found`,
+    each (B, heads, N, N), how much each token (row) attends to each. Rows sum to 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[Tensor] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention and args[0].shape == args[1].shape:
+            q, k = args[:2]
+            self.found.append((q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1))
+        return function(*args, **(kwargs or {}))
 
 
-@torch.no_grad()
-def attention_weights(model, xt: Tensor, t: int, y: Tensor) -> list[Tensor]:
-    """For each block, how much each patch attends to each: (B, N, N), the mean of the heads. Rows
-    sum to 1, or less where the network has further tokens, behind the patches: what goes to those
-    is left out. Computed from the queries and keys of a forward."""
-    layers = [m for m in model.modules() if isinstance(m, Attention)]
-    if not layers:
-        raise UserError("this network has no attention of dit.py")
-    found, N = [], (model.input_size // model.patch_size) ** 2
-
-    def hook(layer: Attention, qkv: Tensor) -> None:
-        B, tokens, _ = qkv.shape
-        q, k, _ = qkv.reshape(B, tokens, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
-        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1).mean(dim=1)
-        found.append(weights[:, :N, :N])
-
-    hooks = [layer.qkv.register_forward_hook(lambda _m, _in, out, layer=layer: hook(layer, out))
-             for layer in layers]
-    model(xt, torch.full_like(y, t), y)
-    for handle in hooks:
-        handle.remove()
-    return found
-
-
-def overlay(image: Tensor, query: int, weights: Tensor, cell: int = 126) -> Image.Image:
+def overlay(image: Tensor, query: int, weights: Tensor) -> Image.Image:
     """An image with the query patch outlined. Every patch is coloured by its share of the query's
-    attention, weights (N,), in percent; 0 throughout: the image alone."""
-    side, page = math.isqrt(len(weights)), picture(image, cell)
-    p = cell / side                                             # of a patch, in pixels
+    attention, weights (N,); 0 throughout: the image alone."""
+    side, page = math.isqrt(len(weights)), picture(image)
     if weights.any():
-        mask = (255 * (weights / 0.4).clamp(max=1)).to(torch.uint8).view(side, side).cpu()
+        mask = (255 * weights.sqrt()).view(side, side).to("cpu", torch.uint8)   # of 10%: 32%
         mask = Image.fromarray(mask.numpy()).resize(page.size, Image.Resampling.NEAREST)
-        page = Image.composite(Image.new("RGB", page.size, (235, 100, 0)),
-                               page.point(lambda value: value * 0.5), mask)
-    draw = ImageDraw.Draw(page)
-    x, y = query % side * p, query // side * p
-    draw.rectangle((x, y, x + p - 1, y + p - 1), outline=(0, 220, 255), width=3)
-    for i, percent in enumerate((100 * weights).round().int().tolist()):
-        if percent > 0 and p > 24:                              # there is room for it
-            draw.text(((i % side + 0.5) * p, (i // side + 0.5) * p), str(percent), "white",
-                      font(12), anchor="mm", stroke_width=1, stroke_fill="black")
+        page = Image.composite(Image.new("RGB", page.size, (255, 120, 0)),
+                               page.point(lambda value: value * 0.4), mask)
+    x, y, p = query % side * CELL / side, query // side * CELL / side, CELL / side
+    ImageDraw.Draw(page).rectangle((x, y, x + p - 1, y + p - 1), outline=(0, 220, 255), width=2)
     return page
 
 
-def attention(args: Namespace, device: torch.device) -> Image.Image:
-    """xt with the patch of highest contrast outlined, and what it attends to in each block; a row
-    for each image and t."""
-    state, [(_, checkpoint)] = load_models([args.checkpoint], device)
-    x0, y = load_pictures(args, state, device)
-    xts = noised(checkpoint.diffusion, x0, args)
-    found = [attention_weights(checkpoint.model, xt, t, y)      # for each t, for each block
-             for t, xt in zip(args.times, xts, strict=True)]
-    side = math.isqrt(found[0][0].shape[-1])
-    query = patchify(x0, x0.shape[-1] // side).std(dim=-1).argmax(dim=1).tolist()
-    rows = []
-    for i, q in enumerate(query):
-        for xt, blocks in zip(xts, found, strict=True):
-            rows.append([overlay(xt[i], q, 0 * blocks[0][i, q])]
-                        + [overlay(xt[i], q, weights[i, q]) for weights in blocks])
-    heads = ["xt"] + [f"block {k}, %" for k in range(len(found[0]))]
-    return sheet(rows, [f"t = {t}" for t in args.times] * len(x0), heads, [""] * len(heads),
-                 len(xts))
+@torch.no_grad()
+def attention(args: Namespace) -> Image.Image:
+    """For each image, side by side: xt with the patch of highest contrast outlined, and what each
+    head of each block lets it attend to; a group of rows for each of --times."""
+    checkpoint = load(args.checkpoint)
+    x0, y, xts = noised_images(args, checkpoint.diffusion, checkpoint)
+    model, rows, names = checkpoint.model, [], []
+    N = (model.input_size // model.patch_size) ** 2         # further tokens stand behind these
+    query = patchify(x0, model.patch_size).std(dim=-1).argmax(dim=1).tolist()
+    for t, xt in zip(args.times, xts, strict=True):
+        with AttentionWeights() as blocks:
+            model(xt, torch.full_like(y, t), y)
+        heads = blocks.found[0].shape[1]
+        for h in range(heads):
+            names.append(f"t = {t}, head {h}")
+            rows.append([])
+            for i, q in enumerate(query):
+                rows[-1].append(overlay(xt[i], q, torch.zeros(N)) if h == 0 else None)
+                rows[-1] += [overlay(xt[i], q, weights[i, h, q, :N]) for weights in blocks.found]
+    name = f"{recipe_of(checkpoint).get('model', 'DiT')} ({checkpoint.path.name})"
+    return sheet(rows, names, ["xt", *(f"block {k}" for k in range(len(blocks.found)))] * len(x0),
+                 None, heads, f"{name}. Cyan: one patch. Orange: the share of its attention, from "
+                 "0 (dark) to 100% (bright).")
 
 
-# ---------------------------------------------------------------- curves (matplotlib)
+# ---------------------------------------------------------------- evaluations (matplotlib)
+
+METRICS = ("accuracy", "frechet", "precision", "recall")
+# What makes two evaluations the same measurement
+SETTINGS = ("images_from", "weights", "images", "sampler", "steps", "eta", "cfg_scale",
+            "guidance_interval", "autoguidance", "seed", "data_digest")
+ENOUGH = 0.995                  # an accuracy at which the distances of runs are compared
+ERRORS = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 5e-4, 2e-4, 1e-4)   # ticks
 
 
 def new_figure(**options):
@@ -280,214 +226,208 @@ def new_figure(**options):
     return Figure(layout="constrained", **options)
 
 
-@torch.no_grad()
-def loss_by_time(m: Checkpoint, x0: Tensor, y: Tensor, args: Namespace, bar
-                 ) -> tuple[list[float], list[float]]:
-    """(the centres of --bins equal parts of 0..T-1, the mean `loss_in_eps` in each) over all
-    images, each with its own timestep and noise in every bin."""
-    edges = torch.linspace(0, m.diffusion.num_timesteps, args.bins + 1).round().long().tolist()
-    means = []
-    for low, high in zip(edges, edges[1:], strict=False):
-        rng = generator("cpu", args.seed, "bin", low, high)
-        t = torch.randint(low, high, (len(x0),), generator=rng).to(x0.device)
-        eps, total = noise_like(x0, args.seed, "bin noise", low, high), 0.0
-        for part in torch.arange(len(x0)).to(x0.device).split(args.batch_size):
-            loss = m.diffusion.loss(m.model, x0[part], t[part], y[part], eps[part])
-            total += m.diffusion.loss_in_eps(loss, t[part]).sum().item()
-            bar.update(len(part))
-        means.append(total / len(x0))
-    return [(low + high - 1) / 2 for low, high in zip(edges, edges[1:], strict=False)], means
-
-
-def error(args: Namespace, device: torch.device):
-    """The mean error in eps against t, for each model, on images it was not trained on."""
-    figure = new_figure(figsize=(7, 4))
-    state, models = load_models(args.checkpoints, device)
-    if args.bins > (total := models[0][1].diffusion.num_timesteps):
-        raise UserError(f"--bins {args.bins}: there are {total} timesteps")
-    x0, y = load_images(args, state, device)
-    axes = figure.subplots()
-    with tqdm(total=len(models) * args.bins * len(x0), desc="measuring", unit="image",
-              dynamic_ncols=True) as bar:
-        for name, m in models:
-            centres, means = loss_by_time(m, x0, y, args, bar)
-            mean = sum(means) / len(means)
-            axes.semilogy(centres, means, marker=".", label=f"{name}: mean {mean:.4f}")
-    axes.set(xlabel="t", ylabel="squared error in eps", title=f"{len(x0)} test images")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(title="prediction")
-    return figure
-
-
-# What makes two evaluations the same measurement, and how a legend names it.
-SETTINGS = dict(source="{}", weights="{}", images="{:,} images", sampler="{}", steps="{} steps",
-                guidance="guidance {:g}", seeds="seed {}", data="data {}")
-
-
-def read_evaluations(files: list[Path]) -> list[dict]:
-    """The evaluations of checkpoints in evaluations.jsonl files; the last of those with the same
-    settings."""
-    found = {}
-    for file in files:
+def read_evaluations(file: Path) -> list[dict]:
+    """The evaluations of checkpoints in an evaluations.jsonl: SETTINGS; METRICS of samples and of
+    as many test images; error: the share of wrong samples, of half a sample where none is."""
+    points = []
+    for i, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
         try:
-            with io_errors(f"{file} cannot be read"):
-                lines = file.read_text().splitlines()
-        except UnicodeDecodeError:
-            raise UserError(f"{file} cannot be read: no text") from None
-        for i, line in enumerate(lines, 1):
-            try:
-                result = json.loads(line)
-                if isinstance(result, dict) and "cfg_scale" not in result:
-                    continue                        # of an .npz or a folder
-                point = point_of(result)
-            except (ValueError, LookupError, TypeError, AttributeError, OverflowError,
-                    RecursionError):
-                raise UserError(f"{file}, line {i} is no line of tools.evaluate") from None
-            found[tuple(point[k] for k in SETTINGS)] = point
-    if not found:
-        raise UserError("no evaluation of a checkpoint in " + ", ".join(map(str, files)))
-    return list(found.values())
+            result = json.loads(line)
+            if result.get("cfg_scale") is not None:         # else of an .npz
+                images, rows = int(result["rows"]["samples"]["images"]), {
+                    row: {metric: float(result["rows"][row][metric]) for metric in METRICS}
+                    for row in ("samples", "test")}
+                error = max(1 - rows["samples"]["accuracy"], 0.5 / images)
+                points.append(dict(result, images=images, error=error, **rows))
+        except checkpoints.ANY_ERROR:
+            raise UserError(f"{file}, line {i} is no line of tools.evaluate") from None
+    if not points:
+        raise UserError(f"no evaluation of a checkpoint in {file}")
+    return points
 
 
-def point_of(result: dict) -> dict:
-    """What a figure needs of a line of evaluations.jsonl. Raises where it has another form."""
-    rows, sampler = result["rows"], str(result["sampler"])
-    if sampler == "ddim" and result["eta"]:
-        sampler += f", eta {result['eta']:g}"
-    if interval := result.get("guidance_interval"):
-        sampler += ", guided in ({:g}, {:g}]".format(*interval)
-    if result.get("autoguidance"):
-        sampler += f", autoguidance by {result['autoguidance']}"
-    return dict(source=str(result["images_from"]), weights=str(result["weights"]), sampler=sampler,
-                steps=int(result["steps"]), guidance=float(result["cfg_scale"]),
-                images=int(rows["samples"]["images"]), data=str(result["data_digest"]),
-                seeds=", ".join(str(int(seed)) for seed in result["seeds"]),
-                samples={m: float(rows["samples"]["mean"][m]) for m in METRICS},
-                std={m: float((rows["samples"]["std"] or {}).get(m, 0)) for m in METRICS},
-                test={m: float(rows["test"]["mean"][m]) for m in METRICS})
-
-
-def series_against(x: str, points: list[dict]) -> dict[str, list[dict]]:
-    """Label -> points that differ in `x` alone, in its order. Against steps, a sampler with one
-    number of steps (ddpm) is a point beside those with several."""
-    def settings(point: dict, without: set[str]) -> tuple:
-        return tuple(point[k] for k in SETTINGS if k not in without)
-
-    groups = {}
+def groups_against(x: str, points: list[dict]) -> list[list[dict]]:
+    """The points in groups that differ in the setting x alone, each in the order of x; of two that
+    do not differ at all the last."""
+    groups: dict[str, dict] = {}
     for point in sorted(points, key=lambda p: p[x]):
-        groups.setdefault(settings(point, {x}), []).append(point)
-    beside = {"steps", "sampler"} if x == "steps" else {x}
-    several = {settings(group[0], beside) for group in groups.values() if len(group) > 1}
-    found = [group for group in groups.values() if settings(group[0], beside) in several]
-    varied = [k for k in SETTINGS if k != x and len({group[0][k] for group in found}) > 1]
-    return {", ".join(SETTINGS[k].format(group[0][k]) for k in varied or ["sampler"]): group
-            for group in found}
+        others = json.dumps([point.get(key) for key in SETTINGS if key != x])
+        groups.setdefault(others, {})[point[x]] = point
+    return [list(group.values()) for group in groups.values()]
 
 
-def draw_metric(axes, series: dict[str, list[dict]], x: str, metric: str) -> None:
-    """One metric against x, a line (or point) for each series; dashed, the test set's value."""
-    for label, group in series.items():
-        spread = [p["std"][metric] for p in group]
-        axes.errorbar([p[x] for p in group], [p["samples"][metric] for p in group],
-                      spread if any(spread) else None, marker="o", ms=4, capsize=2, label=label)
-    charts.metric_axis(axes, metric, [p for group in series.values() for p in group])
-    axes.set_xlabel(x)
-    if x == "steps":
-        axes.set_xscale("log")
-        ticks = sorted({p[x] for group in series.values() for p in group})
-        axes.set_xticks(ticks, [str(t) for t in ticks])
+def metric_axis(axes, metric: str, points: list[dict]) -> None:
+    """The y axis of a metric, logarithmic for a distance, with a grid; dashed, the test set's."""
+    tests = sorted({p["test"][metric] for p in points})
+    for i, value in enumerate(tests):
+        axes.axhline(value, color="black", ls="--", lw=0.9, label=None if i else "real: test set")
+    axes.set_ylabel(metric.replace("frechet", "Frechet distance"))
+    if metric == "frechet":
+        axes.set_yscale("log", subs=[2, 5])
+        axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+    else:                                           # shares: differences below 0.03 look small
+        drawn = tests + [p["samples"][metric] for p in points]
+        axes.set_ylim(min(drawn) - 0.03, min(max(drawn) + 0.03, 1.005))
+    axes.grid(alpha=0.3, which="both")
+
+
+def sweep(args: Namespace):
+    """A panel for each metric, a line for all evaluations that differ in --against alone."""
+    x = {"guidance": "cfg_scale", "steps": "steps"}[args.against]
+    points = [point for file in args.files for point in read_evaluations(Path(file))]
+    groups = [group for group in groups_against(x, points) if len(group) > 1]
+    if not groups:
+        raise UserError(f"no two evaluations differ in {args.against} alone")
+    varied = [k for k in SETTINGS if k != x and len({str(group[0].get(k)) for group in groups}) > 1
+              ] or ["sampler"]
+    figure = new_figure(figsize=(13, 3.5))
+    for metric, axes in zip(METRICS, figure.subplots(1, len(METRICS)), strict=True):
+        for group in groups:
+            axes.plot([p[x] for p in group], [p["samples"][metric] for p in group], marker="o",
+                      ms=4, label=", ".join(f"{k} {group[0].get(k)}" for k in varied))
+        metric_axis(axes, metric, sum(groups, []))
+        axes.set_xlabel(args.against)
+        if x == "steps":
+            axes.set_xscale("log")
+            axes.set_xticks(ticks := sorted({p[x] for p in sum(groups, [])}), map(str, ticks))
+            axes.set_xticks([], minor=True)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    return figure
+
+
+def accuracy(args: Namespace):
+    """Frechet distance and recall against accuracy, which guidance varies: a curve for each name,
+    the mean of its runs, each of which is a thin line. Says for each run the smallest distance
+    with at least ENOUGH right."""
+    figure, runs = new_figure(figsize=(10, 4.2)), {}        # name -> curves
+    for text in args.runs:
+        name, _, file = text.rpartition("=")
+        name = name or Path(file).resolve().parent.name
+        curve = max(groups_against("cfg_scale", read_evaluations(Path(file))), key=len)
+        runs.setdefault(name, []).append(curve)
+        right = [p["samples"] | p for p in curve if p["samples"]["accuracy"] >= ENOUGH]
+        say(f"{name} ({file}): " + ("Frechet distance {frechet:.2f}, recall {recall:.3f}, "
+            "{accuracy:.2%} right at guidance {cfg_scale:g}".format(
+                **min(right, key=lambda p: p["frechet"])) if right else
+            f"no guidance with {ENOUGH:.1%} right"))
+    points = [p for curves in runs.values() for curve in curves for p in curve]
+    images, *others = {p["images"] for p in points}
+    if others:
+        raise UserError("these runs were evaluated with different numbers of images")
+    low, high = 1.1 * max(0.1, *(p["error"] for p in points)), 0.5 / images
+    ticks = {e: f"{100 * (1 - e):g}%" for e in ERRORS if low > e > 1.5 * high} | {high: "100%"}
+    for metric, axes in zip(("frechet", "recall"), figure.subplots(1, 2), strict=True):
+        axes.set_prop_cycle(color=COLOURS, marker=MARKERS)
+        axes.margins(y=0.1)
+        for i, (name, curves) in enumerate(runs.items()):
+            place = dict(xytext=(4, 5)) if i % 2 else dict(xytext=(-4, -12), ha="right")
+            draw_runs(axes, name, curves, metric, place)
+        metric_axis(axes, metric, points)
+        axes.axvline(1 - ENOUGH, color="black", ls=":", lw=0.9)
+        axes.set(xscale="log", xlim=(low, 0.8 * high), xlabel="accuracy")
+        axes.set_xticks(list(ticks), ticks.values(), fontsize=9)
         axes.set_xticks([], minor=True)
-
-
-def sweep(args: Namespace, device: torch.device):
-    """A row of panels for each of --against for which there are at least two values."""
-    points = read_evaluations(args.files)
-    series = {x: found for x in args.against if (found := series_against(x, points))}
-    if not series:
-        raise UserError(f"no two evaluations differ in {' or '.join(args.against)} alone")
-    figure = new_figure(figsize=(13, 3.3 * len(series) + 0.4))
-    grid = figure.subplots(len(series), len(METRICS), squeeze=False)
-    for (x, found), panels in zip(series.items(), grid, strict=True):
-        for metric, axes in zip(METRICS, panels, strict=True):
-            draw_metric(axes, found, x, metric)
-        panels[0].legend(fontsize=8)
-    images = {p["images"] for found in series.values() for group in found.values() for p in group}
-    figure.suptitle(" or ".join(f"{n:,}" for n in sorted(images)) + " samples")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center",
+                  ncols=len(runs) + 1)
     return figure
 
 
-def accuracy(args: Namespace, device: torch.device):
-    """Frechet distance and recall against accuracy, a curve for each name."""
-    runs = [(name, file, read_evaluations([file])) for name, file in map(charts.run_name,
-                                                                         args.runs)]
-    figure = new_figure(figsize=(10, 4.2))
-    charts.quality(figure, runs, args.images)
+def draw_runs(axes, name: str, curves: list[list[dict]], metric: str, place: dict) -> None:
+    """The mean of runs at each guidance that all of them have, with the guidances beside it; thin,
+    each run where there are several."""
+    runs = [{p["cfg_scale"]: (p["error"], p["samples"][metric]) for p in curve} for curve in curves]
+    mean = {scale: np.mean([run[scale] for run in runs], axis=0) for scale in runs[0]
+            if all(scale in run for run in runs)}
+    line, = axes.plot(*np.reshape(list(mean.values()), (-1, 2)).T, lw=2, ms=5,
+                      label=name + f" ({len(runs)} runs)" * (len(runs) > 1))
+    for scale, point in mean.items():
+        axes.annotate(f"{scale:g}", point, color=line.get_color(), fontsize=9, zorder=1.5,
+                      textcoords="offset points", **place,
+                      bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=0.3))
+    for run in runs if runs[1:] else ():
+        axes.plot(*np.transpose(list(run.values())), lw=0.7, marker="", zorder=1,
+                  color=line.get_color())
+
+
+# ---------------------------------------------------------------- training (matplotlib)
+
+# Mean and standard deviation of ln(sigma / alpha) in training. JiT's t is 1 where the image is
+# clean, so that logit(t) = ln(alpha / sigma), of mean -0.8; EDM2 has alpha = 1 and gives ln(sigma).
+NOISE_LEVELS = {"this project": (RECIPE["noise_mean"], RECIPE["noise_std"]),
+                "SD3": (0.0, 1.0),              # arXiv 2403.03206
+                "JiT": (0.8, 0.8),              # arXiv 2511.13720
+                "EDM2": (-0.4, 1.0)}            # arXiv 2312.02696
+
+
+def densities(args: Namespace):
+    """How often training sees each noise level: the density over ln(sigma / alpha), and over the
+    timesteps of the lesson's schedule, relative to uniform t."""
+    diffusion, figure = GaussianDiffusion(), new_figure(figsize=(10, 4.2))
+    by_level, by_time = panels = figure.subplots(1, 2)
+    for axes in panels:
+        axes.set_prop_cycle(color=COLOURS[:len(STYLES)], linestyle=STYLES)
+        axes.grid(alpha=0.3)
+    T, levels = diffusion.num_timesteps, np.linspace(-6, 6, 481)
+    bounds = diffusion.noise_level_bounds.tolist()          # between timesteps
+    for name, (mean, std) in NOISE_LEVELS.items():
+        normal = NormalDist(mean, std)
+        by_level.plot(levels, [normal.pdf(x) for x in levels],
+                      label=f"{name}: mean {mean:g}, std {std:g}")
+        by_time.plot(T * np.diff([0, *map(normal.cdf, bounds), 1]))
+    level = (1 / diffusion.alpha_bar - 1).log() / 2         # ln(sigma / alpha), (T,), float64
+    by_level.plot((level[1:] + level[:-1]) / 2, 1 / (T * level.diff()),
+                  label="DDPM, DiT: uniform t")
+    by_time.plot([0, T - 1], [1, 1])
+    ticks = torch.arange(-4, 6, 2)
+    by_level.set_xticks(ticks, [f"{x}\nt = {t}" for x, t in zip(
+        ticks.tolist(), diffusion.t_from_noise_level(ticks).tolist(), strict=True)])
+    by_level.set(xlabel="ln(sigma / alpha); t of the linear-beta schedule", xlim=(-6, 6),
+                 ylim=(0, None), ylabel="density in training")
+    by_time.set(xlabel="t", xlim=(0, T), ylim=(0, None), ylabel="density, relative to uniform t")
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
-def densities(args: Namespace, device: torch.device):
-    """The density of the noise levels in training: this project's and published ones."""
-    figure = new_figure(figsize=(10, 4.2))
-    charts.densities(figure)
-    return figure
-
-
-# ---------------------------------------------------------------- training runs
-
-
-def find_run(folder: Path | None, file: str) -> Path:
-    """A run folder: the named one, else the newest under output/. Raises UserError where it does
-    not hold what the pattern `file` names."""
-    folder = newest_run(paths.OUTPUT) if folder is None else folder
-    if folder is None:
-        raise UserError(f"no run under {paths.short(paths.OUTPUT)} yet: name a run folder")
-    if not any(folder.glob(file)):
-        raise UserError(f"{folder} has no {file}: name the folder of a training run")
-    return folder
-
-
-def loss(args: Namespace, device: torch.device):
-    """The losses of runs against the step, and below them in each quarter of t. Beside a run of
-    the CPU preset, the expected curve."""
+def loss(args: Namespace):
+    """The losses of runs against the step, averaged; below, those of each quarter of t."""
     figure = new_figure(figsize=(10, 7))
-    folders = [find_run(folder, "metrics.jsonl") for folder in args.runs or [None]]
-    names = [folder.resolve().name for folder in folders]
-    for folder in folders:
-        if not read_metrics(folder / "metrics.jsonl"):
-            raise UserError(f"{folder / 'metrics.jsonl'} holds no step yet")
-    draw_losses(figure, folders, [name if names.count(name) == 1 else str(folder)
-                                  for name, folder in zip(names, folders, strict=True)])
+    grid = figure.add_gridspec(2, 4, height_ratios=[2, 1])
+    panels = {"loss": figure.add_subplot(grid[0, :], ylabel="loss")}
+    for i in range(4):
+        panels[f"loss_q{i + 1}"] = figure.add_subplot(
+            grid[1, i], sharey=panels.get("loss_q1"), title=f"t = {250 * i} ... {250 * i + 249}")
+    for folder in args.runs or [checkpoints.newest_run() or command.OUTPUT]:
+        if not (rows := checkpoints.read_metrics(Path(folder))):
+            raise UserError(f"{short(folder)} holds no training run")
+        for key, axes in panels.items():
+            axes.plot(*averaged(rows, key), label=short(folder))
+            axes.set(xscale="log", yscale="log", xlabel="step")
+            axes.grid(alpha=0.3)
+    panels["loss"].legend()
     return figure
 
 
-def training(args: Namespace, device: torch.device) -> bytes:
-    """The previews of a run, which share their noise, as an animation with the step above each."""
-    folder, frames = find_run(args.run, "samples/step_[0-9]*.png"), []
-    for path in sorted(folder.glob("samples/step_[0-9]*.png")):
-        with io_errors(f"{path} cannot be read"), Image.open(path) as picture:
-            frames.append(titled(picture.convert("RGB"), "step " + path.stem[5:].lstrip("0")))
-    return animation(frames, milliseconds=500)
+def averaged(rows: list[dict], key: str) -> np.ndarray:
+    """(steps, means): `key` of the rows of metrics.jsonl, averaged over ranges of a twentieth of
+    the steps before them. A range without a finite value is left out."""
+    found = [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key) or math.nan)]
+    steps = [step for step, _ in found]
+    ends = np.searchsorted(steps, 1.05 ** np.arange(400))
+    return np.reshape([np.mean(part, axis=0) for part in np.split(np.reshape(found, (-1, 2)), ends)
+                       if len(part)], (-1, 2)).T
 
 
 # ---------------------------------------------------------------- the command
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, unknown = parser().parse_known_args(argv)
-    if unknown:                             # reported by the subcommand, which knows its flags
-        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    suffix = ".gif" if args.draw is training else ".png"
-    check_target(args.out or next_free(paths.OUTPUT, args.figure, suffix), args.force, suffix)
-    figure = args.draw(args, distributed.pick_device(getattr(args, "device", "cpu")))
-    target = args.out or next_free(paths.OUTPUT, args.figure, suffix)   # free at this time
-    with io_errors(f"{target} cannot be written"):
-        if isinstance(figure, bytes):
-            atomic_write(target, lambda file: file.write(figure))
-        elif isinstance(figure, Image.Image):
-            atomic_write(target, lambda file: figure.save(file, format="png"))
-        else:
-            atomic_write(target, lambda file: figure.savefig(file, format="png", dpi=140))
-    say(f"written: {paths.short(target)}")
+    args = parser().parse_args(argv)
+    target = args.out or next_free(command.OUTPUT, args.figure, ".png")
+    check_target(target, args.force, ".png")
+    figure = args.draw(args)
+    atomic_write(target, lambda file: figure.save(file, format="png") if isinstance(
+        figure, Image.Image) else figure.savefig(file, format="png", dpi=140))
+    say(f"written: {short(target)}")
     return 0
 
 
@@ -495,63 +435,50 @@ def parser() -> Parser:
     p = Parser(__doc__)
     figures = p.add_subparsers(dest="figure", required=True, metavar="FIGURE")
 
-    def add(draw, text: str, models: str | None = None, images: int = 0, times=()) -> Parser:
+    def add(draw, operands: tuple = (), images: int = 0, times: tuple = ()) -> Parser:
+        """operands: their name, how many, what they are called and mean."""
+        text = inspect.getdoc(draw)
         sub = figures.add_parser(draw.__name__, help=text, description=text)
-        sub.set_defaults(parser=sub, draw=draw, image_size=None)
-        if models:
-            sub.add_argument(models, nargs="+" if models == "checkpoints" else "?", metavar="CKPT",
-                             help="a checkpoint or a run folder")
+        sub.set_defaults(draw=draw)
+        if operands:
+            name, nargs, metavar, text = operands
+            sub.add_argument(name, nargs=nargs, metavar=metavar, help=text)
         if images:
             sub.add_argument("--dataset", help="mnist, fashion_mnist, cifar10, celeba, glyphs or "
                              "folder:PATH (default: the checkpoint's, else mnist)")
-            sub.add_argument("--data-dir", metavar="DIR", help="where the data set is, or is "
-                             "downloaded to (default: the checkpoint's if it exists, else data/)")
+            sub.add_argument("--data-dir", metavar="DIR", help="where it is, or is downloaded to "
+                             "(default: data/)")
             sub.add_argument("--images", type=COUNT, default=images, metavar="N",
                              help=f"how many images of the test set (default: {images})")
-        if times:
             sub.add_argument("--times", type=number(int, 0), nargs="+", default=times, metavar="T",
                              help=f"timesteps (default: {' '.join(map(str, times))})")
-        if draw not in (sweep, accuracy, densities, loss, training):
-            sub.add_argument("--seed", type=SEED, default=0, help="seed of the images and of the "
-                             "noise (default: 0)")
-            sub.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
-        suffix = ".gif" if draw is training else ".png"
-        sub.add_argument("--out", type=Path, metavar=f"FILE{suffix}", help="the figure (default: a "
-                         "new numbered file under output/)")
+        if images or draw is guidance:
+            sub.add_argument("--seed", type=SEED, default=0, help="of images, noise (default: 0)")
+        sub.add_argument("--out", type=Path, metavar="FILE.png",
+                         help="the figure (default: a new numbered file under output/)")
         sub.add_argument("--force", action="store_true", help="overwrite an existing file")
         return sub
 
-    add(forward, "images at several t, from x0 to noise", images=1, times=FORWARD_TIMES)
-    add(x0hat, "xt, and the x0_hat of each checkpoint, at several t", "checkpoints", 2, X0HAT_TIMES)
-    add(attention, "what one patch attends to in each block", "checkpoint", 2, ATTENTION_TIMES)
-    sub = add(guidance, "the same noise at several guidance scales", "checkpoint")
-    sub.add_argument("--cfg-scale", type=SCALE, nargs="+", default=[0, 1, 2, 4], metavar="S",
-                     help="guidance scales (default: 0 1 2 4)")
+    checkpoint = ("checkpoint", "?", "CKPT", "a checkpoint or a run folder (default: the newest "
+                  "under output/, else the one that ships)")
+    lines = "evaluations.jsonl of a run"
+    add(forward, (), 1, (0, *range(100, 1000, 100), 999))
+    add(x0hat, ("checkpoints", "+", "CKPT", "checkpoints or run folders"), 2,
+        (999, 950, 900, 800, 600, 400, 200, 50))
+    add(attention, checkpoint, 2, (800, 50))
+    sub = add(guidance, checkpoint)
+    sub.add_argument("--labels", nargs="+", metavar="LABEL", help="a column for each: class names, "
+                     "number words or indices (default: the first ten classes)")
+    sub.add_argument("--cfg-scale", type=number(float, -100, 100), nargs="+", default=[0, 1, 2, 4],
+                     metavar="S", help="guidance scales (default: 0 1 2 4)")
     sub.add_argument("--steps", type=COUNT, help="sampling steps (default: the checkpoint's)")
-    sub = add(error, "mean squared error in eps against t", "checkpoints", 500)
-    sub.add_argument("--bins", type=COUNT, default=20, help="equal parts of the timesteps "
-                     "(default: 20)")
-    sub.add_argument("--batch-size", type=BATCH, default=250, help="images at a time "
-                     "(default: 250)")
-    sub = add(sweep, "the results of tools.evaluate against guidance and steps")
-    sub.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl",
-                     help="evaluations.jsonl of one or more runs")
-    sub.add_argument("--against", nargs="+", choices=("guidance", "steps"),
-                     default=["guidance", "steps"], help="what to draw (default: both, as far as "
-                     "there are results)")
-    sub = add(accuracy, "Frechet distance and recall against accuracy, as guidance varies")
-    sub.add_argument("runs", nargs="+", metavar="NAME=FILE.jsonl", help="evaluations.jsonl of a "
-                     "run and the name of its curve (default: the run's prediction); runs of one "
-                     "name are seeds of it")
-    sub.add_argument("--images", type=COUNT, metavar="N", help="use evaluations of N images "
-                     "(default: the number that most have)")
-    add(densities, "the density of the noise levels in training: ours and published ones")
-    sub = add(loss, "loss against the step, in all and in each quarter of t")
-    sub.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: the "
-                     "newest under output/)")
-    sub = add(training, "the previews of a run as a GIF, with the step on each")
-    sub.add_argument("run", nargs="?", type=Path, metavar="RUN", help="a run folder (default: the "
-                     "newest under output/)")
+    sub = add(sweep, ("files", "+", "FILE.jsonl", lines))
+    sub.add_argument("--against", choices=("guidance", "steps"), default="guidance",
+                     help="default: guidance")
+    add(accuracy, ("runs", "+", "NAME=FILE.jsonl", lines + " and the name of its curve; runs of "
+                   "one name are seeds of it"))
+    add(densities)
+    add(loss, ("runs", "*", "RUN", "run folders (default: the newest under output/)"))
     return p
 
 
