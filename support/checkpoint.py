@@ -12,12 +12,14 @@ A checkpoint is a dict that torch.save wrote:
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
 import warnings
 import zipfile
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -149,16 +151,27 @@ def restore(state: dict, model: nn.Module, ema: nn.Module, optimizers: list, sca
         raise UserError(f"the checkpoint's optimizer states do not fit ({reason(error)})") from None
 
 
-def load_fitting(model: nn.Module, path: Path) -> None:
+def load_fitting(model: nn.Module, path: Path, class_names: list[str], same: Callable) -> None:
     """--init-from: copy every tensor of a file (a checkpoint, or a state dict) whose name and shape
-    are those of `model`, and print the names of the others."""
-    found, own = read_archive(path), model.state_dict()
-    weights = found.get("ema", found) if isinstance(found, dict) else {}
+    are those of `model`, and print the names of the others. Of a checkpoint the class embeddings
+    are matched by name: same(name, names) is the index of a class in `names`, or None."""
+    found, own, table = read_archive(path), model.state_dict(), "y_embedder.embedding_table.weight"
+    weights = dict(found.get("ema", found)) if isinstance(found, dict) else {}
+    if isinstance(found, dict) and table in weights.keys() & own.keys() and "class_names" in found:
+        rows = [same(name, found["class_names"]) for name in class_names]
+        embeddings = own[table].clone()
+        for i, row in enumerate([*rows, len(found["class_names"])]):        # and "no class"
+            if row is not None and embeddings.shape[1] == weights[table].shape[1]:
+                embeddings[i] = weights[table][row]
+        weights[table] = embeddings
+        if None in rows:
+            say("classes without a namesake in the file, initialised: " + ", ".join(
+                name for name, row in zip(class_names, rows, strict=True) if row is None))
     fits = {n: w for n, w in weights.items() if n in own and isinstance(w, Tensor)
             and w.shape == own[n].shape and w.is_floating_point() and w.isfinite().all()}
     if not fits:
         raise UserError(f"--init-from {path}: not one tensor fits this model; check --model and "
-                        f"--image-size")
+                        f"--image-size (published weights: python -m tools.convert import)")
     model.load_state_dict(fits, strict=False)
     say(f"{len(fits)} of {len(own)} tensors from {path}; initialised: "
         f"{', '.join(sorted(own.keys() - fits.keys())) or 'none'}")
@@ -225,7 +238,8 @@ def new_folder(label: str) -> Path:
 
 
 def lock_folder(folder: Path):
-    """A lock against a second process, which the system releases when this one ends."""
+    """A lock against a second process, which the system releases when this one ends. Some file
+    systems (Lustre, some NFS) have none: a warning."""
     file = open(folder / "lock", "a+")
     try:
         if os.name == "nt":
@@ -234,7 +248,10 @@ def lock_folder(folder: Path):
         else:
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            warn(f"{folder} cannot be locked ({reason(error)}): start no second run in it")
+            return file
         raise UserError(f"{folder} is in use by another process: choose another --out") from None
     return file
 

@@ -61,7 +61,12 @@ def reason(error: BaseException) -> str:
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's main and exit. What the user can change is one line, a bug a traceback."""
+    for stream in (sys.stdout, sys.stderr):     # a terminal that is not UTF-8: escape the rest
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
+        if {"RANK", "WORLD_SIZE"} & os.environ.keys() and "MASTER_ADDR" not in os.environ:
+            raise UserError("RANK or WORLD_SIZE is set, but not by torchrun: unset both")
         sys.exit(main())
     except UserError as error:
         message, status = str(error), error.status
@@ -157,7 +162,6 @@ def atomic_write(path: Path, write: Callable) -> None:
         raise
     if os.name != "nt":                         # the directory entry, too
         entry = os.open(path.parent, os.O_RDONLY)
-        try:
+        with contextlib.suppress(OSError):      # CIFS and vboxsf cannot: the file is there
             os.fsync(entry)
-        finally:
-            os.close(entry)
+        os.close(entry)
