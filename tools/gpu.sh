@@ -12,7 +12,7 @@ device=(--device "${DEVICE:-cuda}") run=${RUN:-output/gpu}
 failed="" short="" quick="" lengths="2400 4000"
 against=(-m tools.benchmark "${device[@]}" --against "${AGAINST:-}" --sample 20 --rounds 6)
 if [ -n "${STEPS:-}" ]; then
-    short="--steps $STEPS --no-compile" lengths=$STEPS
+    short="--steps $STEPS --no-compile" lengths="$STEPS --seeds 1"
     quick="--batch-size 2 --rounds 1 --steps-per-round 1 --sample 2"
 else against+=(--compile); fi
 
