@@ -180,8 +180,8 @@ class Net(nn.Module):
 def test_the_published_step_and_sampler_by_hand(tmp_path, monkeypatch):
     """The network's output is scale * xt: gradient, AdamW's step and EMA in closed form."""
     (tmp_path / "net.py").write_text(NETWORK)
-    network = benchmark.published_network(f"{tmp_path / 'net.py'}:Net")
-    theirs, calls = benchmark.Published(settings(), network), network.forward.__globals__["CALLS"]
+    theirs = benchmark.Published(settings(against=f"{tmp_path / 'net.py'}:Net"))
+    calls = theirs.model.forward.__globals__["CALLS"]
     draws, randn = [], torch.randn_like
     with monkeypatch.context() as patch:
         patch.setattr(torch, "randn_like", lambda x: draws.append(randn(x)) or draws[-1])

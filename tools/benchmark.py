@@ -162,8 +162,9 @@ class Published:
 
     precision = "fp32"
 
-    def __init__(self, args: Namespace, network: Callable):
+    def __init__(self, args: Namespace):
         self.args, self.steps, self.running_loss = args, itertools.count(), 0.0
+        network = published_network(args.against)
         self.model = network(**args.sizes, learn_sigma=True).to(args.device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.ema.null_class = args.sizes["num_classes"]
@@ -209,7 +210,7 @@ def comparisons(args: Namespace) -> dict[str, Ours | Published]:
     """What is timed. The first one is what speed-ups refer to."""
     works, kinds = {}, [(name, name, "muon") for name in dict.fromkeys(("fp32", "bf16", args.best))]
     if args.against is not None:
-        works["published"] = Published(args, published_network(args.against))
+        works["published"] = Published(args)
         kinds = [(f"ours, {name}", args.best, name) for name in ("adamw", "muon")]
     elif args.busy:
         kinds = [("as trained", args.best, "muon")]
@@ -337,24 +338,24 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> Parser:
     p = Parser(__doc__)
-    p.add_argument("--model", choices=MODELS, metavar="NAME", help="(default: the preset's)")
-    for flag, default, text in (
-            ("batch-size", None, "images per step (default: the preset's)"),
-            ("image-size", 28, "(default: 28)"), ("channels", 1, "(default: 1)"),
-            ("rounds", 10, "timings of each row (default: 10)"),
-            ("steps-per-round", 10, "training steps timed as one (default: 10)")):
-        p.add_argument(f"--{flag}", type=COUNT, default=default, metavar="N", help=text)
-    p.add_argument("--compile", action="store_true", help="also time each row with torch.compile")
-    p.add_argument("--busy", type=number(int, 1, 256), nargs="+", default=(), metavar="N",
-                   help="time training alone, and beside N processes that compute without a pause")
-    p.add_argument("--against", nargs="?", const="", metavar="FILE.py:NETWORK", help="time the "
-                   "published loop as well, with the network of that file, which is executed, as "
-                   "NETWORK(input_size=..., learn_sigma=True) (default: that of dit.py)")
-    p.add_argument("--sample", type=number(int, 1, 1000), nargs="?", const=50, metavar="STEPS",
-                   help="also time guided sampling in STEPS steps (default: 50)")
-    p.add_argument("--scaling", action="store_true", help="more tokens, width, depth instead")
-    p.add_argument("--profile", type=Path, metavar="FILE.txt", help="write torch.profiler's table")
-    p.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
+    add = p.add_argument
+    add("--model", choices=MODELS, metavar="NAME", help="(default: the preset's)")
+    add("--batch-size", type=COUNT, help="images per step (default: the preset's)")
+    add("--image-size", type=COUNT, default=28, help="(default: 28)")
+    add("--channels", type=COUNT, default=1, help="(default: 1)")
+    add("--rounds", type=COUNT, default=10, help="timings of each row (default: 10)")
+    add("--steps-per-round", type=COUNT, default=10, help="timed as one (default: 10)")
+    add("--compile", action="store_true", help="also time each row with torch.compile")
+    add("--busy", type=number(int, 1, 256), nargs="+", default=(), metavar="N",
+        help="time training alone, and beside N processes that compute without a pause")
+    add("--against", nargs="?", const="", metavar="FILE.py:NETWORK", help="also the published loop,"
+        " with the network NETWORK(input_size=..., learn_sigma=True) of that file, which is "
+        "executed (default: that of dit.py)")
+    add("--sample", type=number(int, 1, 1000), nargs="?", const=50, metavar="STEPS",
+        help="also time guided sampling in STEPS steps (default: 50)")
+    add("--scaling", action="store_true", help="time more tokens, width and depth instead")
+    add("--profile", type=Path, metavar="FILE.txt", help="write torch.profiler's table instead")
+    add("--device", help="cuda, mps or cpu (default: the fastest available)")
     return p
 
 

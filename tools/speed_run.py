@@ -122,16 +122,15 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> Parser:
     p = Parser(__doc__, usage="python -m tools.speed_run --steps S ... [flags] "
                "[-- flags of train_mnist.py]")
-    p.add_argument("--steps", type=COUNT, nargs="+", required=True, metavar="S", help="lengths of "
-                   "training, tried from the shortest on")
-    p.add_argument("--seeds", type=number(int, 1, 1000), default=3, metavar="K", help="runs of "
-                   "each length, with the seeds 0 to K - 1 (default: 3)")
-    p.add_argument("--targets", type=number(float, 0, 100), nargs="+", default=[99, 99.5],
-                   metavar="PERCENT", help="accuracies to reach (default: 99 99.5)")
-    p.add_argument("--cfg-scale", type=float, metavar="S", help="guidance scale of the samples "
-                   "(default: the checkpoint's)")
-    p.add_argument("--images", type=COUNT, default=1000, help="(default: 1000)")
-    p.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
+    add = p.add_argument
+    add("--steps", type=COUNT, nargs="+", required=True, metavar="S", help="lengths of training")
+    add("--seeds", type=number(int, 1, 1000), default=3, metavar="K", help="runs of each length, "
+        "with the seeds 0 to K - 1 (default: 3)")
+    add("--targets", type=number(float, 0, 100), nargs="+", default=[99, 99.5], metavar="PERCENT",
+        help="accuracies to reach (default: 99 99.5)")
+    add("--cfg-scale", type=float, help="guidance of the samples (default: the checkpoint's)")
+    add("--images", type=COUNT, default=1000, help="(default: 1000)")
+    add("--device", help="cuda, mps or cpu (default: the fastest available)")
     return p
 
 
