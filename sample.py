@@ -111,6 +111,7 @@ def generate(checkpoint: Checkpoint, labels: Sequence[int | str], **options) -> 
     """
     if len(labels) == 0:
         raise UserError("no labels: name at least one class")
+    labels = labels.tolist() if hasattr(labels, "tolist") else labels       # tensors, arrays
     y = torch.tensor([label_of(label, checkpoint.class_names) for label in labels])
     return torch.cat(list(sample(checkpoint, y, **options))).as_subclass(pictures.Images)
 
