@@ -72,8 +72,8 @@ class GaussianDiffusion:
         return alpha * x0 + sigma * eps
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the output should be. For a known xt the three say the same thing, but an error of
-        a given size in one is not the same error in another (README, "What to predict")."""
+        """What the output should be: eps, x0 or v = alpha eps - sigma x0. For a known xt each gives
+        the others, but an error of a given size differs in each (README, "What to predict")."""
         alpha, sigma = self.alpha_sigma(t)
         if self.prediction == "eps":
             return eps                                      # DDPM, DiT
@@ -178,11 +178,11 @@ class GaussianDiffusion:
         """`ddpm_sample` in fewer steps: Song et al., arXiv 2010.02502, eq. 12 and 16.
 
         Training fixes only how noisy each xt is, not how consecutive xt relate. So a step may go
-        from t straight to any earlier t_next: mix x0_hat and eps_hat in t_next's proportions.
-        Neither estimate changes much from one t to the next, and few large steps suffice.
-        eta = 0 adds no noise: xT alone decides the sample. eta = 1 over all timesteps is DDPM.
-        Yields (t, x_next, x0_hat) for each t of `ddim_timesteps(steps)`.
-        """
+        from t straight to any earlier t_next (from t = 0 to -1: the image). It mixes x0_hat and
+        eps_hat in t_next's proportions; both change little, and few large steps suffice. New noise
+        of variance eta^2 (1 - bar_next) / (1 - bar) (1 - bar / bar_next), bar = alpha_bar, replaces
+        as much of eps_hat's: eta = 0 adds none (xT decides), eta = 1 over all timesteps is DDPM.
+        Yields (t, x_next, x0_hat) for each t of `ddim_timesteps(steps)`."""
         noise = noise or (lambda t: torch.randn_like(xT))
         xt, timesteps = xT, self.ddim_timesteps(steps)
         for t, t_next in zip(timesteps, timesteps[1:] + [-1], strict=True):

@@ -93,7 +93,7 @@ def sincos_2d(hidden_size: int, side: int) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps (B,) -> 256 sinusoids -> a two-layer MLP: (B, D). DiT appendix A."""
+    """Timesteps (B,) -> cosines, then sines, of t * freqs -> an MLP: (B, D). DiT appendix A."""
 
     def __init__(self, hidden_size: int, frequency_embedding_size: int = 256):
         super().__init__()
@@ -126,8 +126,8 @@ class LabelEmbedder(nn.Module):
 
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) -> (B, N, D): the only place where tokens exchange
-    information. Each token's output is a weighted average of the values v of all tokens, with the
-    weights softmax(q k / sqrt(D / heads))."""
+    information. `qkv` gives q, k, v, each to be split into heads. For each token, a head averages
+    the v of all tokens, weighted by softmax(q k / sqrt(D / heads)); `proj` mixes the heads."""
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -167,9 +167,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 class DiTBlock(nn.Module):
     """A transformer block whose LayerNorms take shift and scale from c, and whose two residual
-    branches are multiplied by a gate, also from c. The layer that computes them starts at zero:
-    the gates are 0 and a fresh block is the identity. DiT section 3.2, "adaLN-Zero block".
-    """
+    branches are multiplied by a gate, also from c: shift, scale, gate of the attention, then of the
+    MLP. The layer that computes them starts at zero: the gates are 0 and a fresh block is the
+    identity. DiT section 3.2, "adaLN-Zero block"."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0):
         super().__init__()
