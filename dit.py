@@ -297,11 +297,13 @@ MODELS = {                                  # XL to S: DiT table 1; the others a
     "DiT-B/8": size(8, 768, 12, 12),
     "DiT-S/2": size(2, 384, 12, 6), "DiT-S/4": size(4, 384, 12, 6), "DiT-S/8": size(8, 384, 12, 6),
     "DiT-Mini/2": size(2, 256, 6, 4), "DiT-Mini/4": size(4, 256, 6, 4),
-    "DiT-Mini/7": size(7, 256, 6, 4),
+    "DiT-Mini/7": size(7, 256, 6, 4), "DiT-Mini/14": size(14, 256, 6, 4),
     "DiT-Micro/2": size(2, 192, 5, 3), "DiT-Micro/4": size(4, 192, 5, 3),
-    "DiT-Micro/7": size(7, 192, 5, 3),
+    "DiT-Micro/7": size(7, 192, 5, 3), "DiT-Micro/14": size(14, 192, 5, 3),
     "DiT-Nano/2": size(2, 128, 4, 2), "DiT-Nano/4": size(4, 128, 4, 2),
-    "DiT-Nano/7": size(7, 128, 4, 2),
+    "DiT-Nano/7": size(7, 128, 4, 2), "DiT-Nano/14": size(14, 128, 4, 2),
+    "DiT-Nano-8/7": size(7, 128, 8, 2), "DiT-Nano-16/7": size(7, 128, 16, 2),   # deeper
+    "DiT-Nano-28/7": size(7, 128, 28, 2),
 }
 """Name -> keyword arguments of `DiT`; input_size, in_channels and num_classes are the data's."""
 

@@ -16,6 +16,7 @@ from variants.count import count
 from variants.dpm_solver import dpm_solver_sample, timesteps_for
 from variants.guidance import autoguidance, guidance_interval
 from variants.learned_variance import LearnedVariance, decoder_nll
+from variants.mixing import NoAttentionDiT, PositionAttentionDiT
 from variants.modern import ModernDiT
 from variants.paper_blocks import AdaLNDiT, CrossAttentionDiT, InContextDiT
 from variants.rectified_flow import RectifiedFlow
@@ -156,6 +157,20 @@ def test_a_modern_block_written_out():
     z = x + gate1 * attn.proj(attention(rotated(q, attn.q_norm), rotated(k, attn.k_norm), v))
     gate, up = mlp.gate_up(rms_norm(z) * (1 + scale2) + shift2).chunk(2, dim=-1)
     close(block(x, c), z + gate2 * mlp.down(gate * gate.sigmoid() * up))
+
+
+def test_attention_that_does_not_see_the_content():
+    """Written out: a table of weights for each head; and each token by itself."""
+    x, table = torch.randn(3, 16, 32), build(PositionAttentionDiT).blocks[0].attn
+    shares = table.logits.exp() / table.logits.exp().sum(-1, keepdim=True)
+    heads = [shares[h] @ part for h, part in enumerate(table.v(x).split(16, dim=-1))]
+    close(table(x), table.proj(torch.cat(heads, dim=-1)))
+    alone = build(NoAttentionDiT)
+    noisy, (_, t, y) = torch.randn(3, 2, 8, 8), inputs()
+    changed = noisy.clone()
+    changed[:, :, :2, :2] += 1                              # the first patch, and no other
+    difference = (alone(noisy, t, y) - alone(changed, t, y)).abs().amax(dim=(0, 1)) > 0
+    assert difference[:2, :2].all() and difference.sum() == 4
 
 
 def test_rope_needs_heads_that_four_divides():
@@ -458,7 +473,8 @@ def test_autoguidance_extrapolates_from_the_weaker_models_output():
 
 RUNS = {        # flags and samplers, the checkpoint's own first
     **{name: (["--network", name], ["ddim", "dpm++"]) for name in
-       ("in-context", "cross-attention", "adaln", "registers", "modern", "documented")},
+       ("in-context", "cross-attention", "adaln", "registers", "modern", "position-attention",
+        "no-attention", "documented")},
     "learned-variance": (["--process", "learned-variance"], ["ddim", "ddpm", "dpm++"]),
     "rectified-flow": (["--process", "rectified-flow"], ["euler", "heun", "dpm++"]),
 }

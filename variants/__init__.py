@@ -5,6 +5,7 @@ from support import registry
 from variants.dpm_solver import dpm_solver_sample
 from variants.guidance import autoguidance, guidance_interval
 from variants.learned_variance import LearnedVariance
+from variants.mixing import NoAttentionDiT, PositionAttentionDiT
 from variants.modern import ModernDiT
 from variants.paper_blocks import AdaLNDiT, CrossAttentionDiT, InContextDiT
 from variants.rectified_flow import RectifiedFlow
@@ -16,6 +17,8 @@ registry.NETWORKS.update({              # --network NAME
     "adaln": AdaLNDiT,
     "registers": RegisterDiT,
     "modern": ModernDiT,
+    "position-attention": PositionAttentionDiT,
+    "no-attention": NoAttentionDiT,
 })
 registry.PROCESSES.update({             # --process NAME
     "learned-variance": LearnedVariance,
