@@ -15,14 +15,15 @@ import io
 import math
 import os
 import socket
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,7 +32,9 @@ from support.command import DATA, UserError, reason, say, warn
 from support.compute import generator, seed_of
 
 NAMES = ("mnist", "fashion_mnist", "cifar10", "celeba", "glyphs")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
+HIDDEN = (".", "@", "__")       # names of systems' own files: @eaDir, __MACOSX
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
+BAR = dict(unit="img", leave=False, delay=1, dynamic_ncols=True)
 MNIST = "a0c8252af19ceb18"      # ImageSet.digest() of its 60,000 training images
 
 
@@ -240,55 +243,108 @@ def load_celeba(root: Path, image_size: int, split: str, attribute: str) -> Imag
 def load_folder(root: Path, image_size: int, split: str) -> ImageSet:
     """The images in PATH/<class name>/: grey if R = G = B in every image, else RGB. The shorter
     side is resized to image_size, the longer one cropped at the centre."""
-    files, names = folder_files(root)
-    where: dict[int, int] = {}
-    kept = []
-    for path, label in files:
-        where[label] = where.get(label, -1) + 1
-        if (where[label] % 10 == 9) == (split == "test"):
-            kept.append((path, label))
-    if not kept:
-        raise UserError(f"{root} has no images for {split}: every tenth of a class is for testing")
-    images = read_images([path for path, _ in kept], image_size)
+    files, names, white = folder_files(root)
+    labels = torch.tensor([label for _, label in files])
+    kept = in_split(labels, split, root)
+    images = read_images([files[i][0] for i in kept], image_size, white)
     if (images == images[:, :1]).all():
         images = images[:, :1].copy()
-    return ImageSet(torch.from_numpy(images), torch.tensor([label for _, label in kept]), names,
-                    f"folder:{root.resolve().name}")
+    counts = labels[kept].bincount(minlength=len(names)).tolist()
+    say(f"{split} images: " + ", ".join(map("{} {}".format, names[:20], counts)) +
+        f" ... ({len(names)} classes)" * (len(names) > 20))
+    return ImageSet(torch.from_numpy(images), labels[kept], names, f"folder:{root.resolve().name}")
 
 
-def folder_files(root: Path) -> tuple[list[tuple[Path, int]], list[str]]:
-    """((path, label) of each image in root/<class name>/, class names), sorted by name."""
+def in_split(labels: Tensor, split: str, path: Path) -> Tensor:
+    """The indices of the images of a split, of which "test" is every tenth of each class."""
+    place = torch.empty_like(labels)                    # of each among those of its class
+    for label in labels.unique():
+        where = (labels == label).nonzero().flatten()
+        place[where] = torch.arange(len(where))
+    kept = ((place % 10 == 9) == (split == "test")).nonzero().flatten()
+    if not len(kept):
+        raise UserError(f"{path} has no images for {split}: every tenth of a class is for testing")
+    return kept
+
+
+def folder_files(root: Path) -> tuple[list[tuple[Path, int]], list[str], int]:
+    """((path, label) of each image in root/<class name>/, class names, white): whatever Pillow
+    identifies, sorted by name. white: what is white where an image has more than 8 bits; the
+    largest value in any of them, rounded up to 2^n - 1."""
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: folder:PATH needs PATH/<class name>/<images>")
-    classes = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
-    found = [[p for p in sorted(d.rglob("*")) if p.suffix.lower() in SUFFIXES and p.name[0] != "."]
-             for d in classes]
-    files = [(path, label) for label, paths in enumerate(found) for path in paths]
+    inside = [path for path in sorted(root.iterdir()) if not path.name.startswith(HIDDEN)]
+    classes = [path for path in inside if path.is_dir()]
+    ending = lambda path: path.suffix.lower() or "without ending"
+    left_out = Counter(f"{ending(path)} beside the class folders" for path in inside
+                       if not path.is_dir())
+    seen = {path.resolve() for path in (root, *classes)}        # by files_in
+    files, deep, largest = [], 0, 0
+    for label, path in tqdm([(label, path) for label, folder in enumerate(classes)
+                             for path in files_in(folder, seen)], "finding images", **BAR):
+        try:
+            with Image.open(path) as image:
+                if image.mode[0] in "IF":
+                    deep, largest = deep + 1, max(largest, int(image.getextrema()[1]))
+        except UnidentifiedImageError:
+            left_out[ending(path)] += 1
+            continue
+        except Exception:                   # open_image names the reason
+            pass
+        files.append((path, label))
+    if left_out:
+        kinds = [f"{count} {kind}" for kind, count in left_out.most_common()]
+        warn(f"left out in {root}: {', '.join(kinds)}")
     if not files:
         raise UserError(f"{root} has no images: folder:PATH needs PATH/<class name>/<images>")
-    if empty := [d.name for d, paths in zip(classes, found, strict=True) if not paths]:
-        raise UserError(f"{root / empty[0]} has no images: every class needs some")
-    return files, [d.name for d in classes]
+    if empty := set(range(len(classes))) - {label for _, label in files}:
+        raise UserError(f"{classes[min(empty)]} has no images: every class needs some")
+    parents = {path.parent for path, _ in files}
+    if odd := [f.name for f in classes if f not in parents or f.name.lower() in SPLITS]:
+        warn(f"classes that hold folders alone or are named like splits: {', '.join(odd[:5])}. If "
+             f"the classes are one level deeper: --dataset folder:{root}/<one of these>")
+    white = max(1, 2 ** largest.bit_length() - 1)
+    if deep:
+        say(f"{deep} images of more than 8 bits: 0 to {white} becomes 0 to 255")
+    return files, [folder.name for folder in classes], white
 
 
-def read_images(paths: Iterable[Path], image_size: int) -> np.ndarray:
+def files_in(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """The files in a folder and its subfolders, sorted. Links are followed; no folder is `seen`
+    twice."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(HIDDEN):
+            continue
+        if not path.is_dir():
+            yield path
+        elif (real := path.resolve()) not in seen:
+            seen.add(real)
+            yield from files_in(path, seen)
+
+
+def read_images(paths: list[Path], image_size: int, white: int = 65535) -> np.ndarray:
     """uint8 (N, 3, image_size, image_size)."""
-    paths = list(paths)
     check_memory(len(paths), 3, image_size)
-    images = np.empty((len(paths), 3, image_size, image_size), np.uint8)
-    for i, path in enumerate(tqdm(paths, "reading images", unit="img", leave=False, delay=1,
-                                  dynamic_ncols=True)):
-        images[i] = open_image(path, image_size)
+    images, blank = np.empty((len(paths), 3, image_size, image_size), np.uint8), []
+    for i, path in enumerate(tqdm(paths, "reading images", **BAR)):
+        images[i] = open_image(path, image_size, white)
+        if (images[i] == images[i, :, :1, :1]).all():
+            blank.append(path)
+    if blank:
+        warn(f"{len(blank)} of {len(paths)} images have a single colour, such as {blank[0]} "
+             f"(transparent pixels are white)")
     return images
 
 
-def open_image(path: Path, image_size: int) -> np.ndarray:
-    """One image, RGB uint8 (3, image_size, image_size): upright, transparent pixels over white."""
+def open_image(path: Path, image_size: int, white: int = 65535) -> np.ndarray:
+    """One image, RGB uint8 (3, image_size, image_size): upright, transparent pixels over white.
+    white: what is white where it has more than 8 bits."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):                              # 16 bits
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            if image.mode[0] in "IF":
+                levels = np.nan_to_num(np.asarray(image) * (255 / white)).round().clip(0, 255)
+                image = Image.fromarray(levels.astype(np.uint8))
             if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -315,13 +371,7 @@ def load_latents(path: Path, image_size: int | None, split: str) -> ImageSet:
                         f"them") from None
     if image_size not in (None, H):
         raise UserError(f"--image-size does not apply to latents: {path} has {H}x{H}")
-    place = torch.empty_like(labels)                    # of each among those of its class
-    for label in range(len(names)):
-        where = (labels == label).nonzero().flatten()
-        place[where] = torch.arange(len(where))
-    kept = (place % 10 == 9) == (split == "test")
-    if not kept.any():
-        raise UserError(f"{path}: the test split is every tenth of a class, and no class has ten")
+    kept = in_split(labels, split, path)
     return ImageSet(latents[kept].half(), labels[kept], names, f"latents:{path.name}")
 
 

@@ -336,7 +336,7 @@ def test_images_are_read_as_a_viewer_shows_them(tmp_path):
         return data.open_image(tmp_path / f"x{suffix}", 40)
 
     ramp = np.linspace(0, 65535, 40 * 40).reshape(40, 40).astype(np.uint16)
-    assert np.array_equal(read(Image.fromarray(ramp))[0], ramp >> 8)
+    assert np.array_equal(read(Image.fromarray(ramp))[0], (ramp / 257).round())
     assert (read(Image.new("RGBA", (40, 40), (255, 0, 0, 0))) == 255).all()
     palette = Image.new("P", (40, 40), 1)
     palette.putpalette([9, 9, 9, 0, 0, 255])
@@ -365,7 +365,7 @@ def test_images_are_read_as_a_viewer_shows_them(tmp_path):
     (lambda d: [shutil.rmtree(f) for f in d.iterdir()], "set has no images"),
     (lambda d: shutil.rmtree(d), "is not a folder"),
     (lambda d: [f.unlink() for f in (d / "dogs").iterdir()], "dogs has no images"),
-    (lambda d: (d / "dogs" / "01.png").write_bytes(b"no"), "01.png cannot be read as an image"),
+    (lambda d: os.truncate(d / "dogs" / "01.png", 99), "01.png cannot be read as an image"),
     (lambda d: (d / "dogs" / "z.png").symlink_to("nowhere"), "z.png cannot be read as an image"),
     (lambda d: shutil.rmtree(d / "cats"), "no images for test"),
 ], ids=lambda v: v if isinstance(v, str) else "")

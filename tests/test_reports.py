@@ -8,13 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from conftest import ROOT, command
 from sample import label_of
-from support import checkpoint, command as command_module
+from support import checkpoint, command as command_module, data
 from support.command import UserError, atomic_write
 
 WORDS = ["eight", "five", "four", "nine", "one", "seven", "six", "three", "two", "zero"]
@@ -52,6 +53,81 @@ def test_init_from_matches_class_embeddings_by_name(train, checkpoint, here, cap
     assert torch.equal(after[3], before[10])                                        # "no class"
     assert not torch.equal(after[0], before[0])                                     # apple
     assert "initialised: apple" in capsys.readouterr().out
+
+
+def own_images(folder: Path, *names: str, mode: str = "L") -> Path:
+    """Small pictures of noise under these names."""
+    for i, name in enumerate(names):
+        pixels = np.random.default_rng(i).integers(0, 256, (28, 28), np.uint8)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).convert(mode).save(
+            folder / name, format=None if Path(name).suffix else "PNG")
+    return folder
+
+
+def loaded(folder: Path) -> tuple[dict, torch.Tensor]:
+    """The images of each class that are taken, and all pixels."""
+    found = data.load(f"folder:{folder}", image_size=28)
+    counts = found.labels.bincount(minlength=len(found.class_names)).tolist()
+    return dict(zip(found.class_names, counts, strict=True)), found.images
+
+
+@pytest.mark.parametrize("files, taken, said", [
+    (["train/cat/a.png", "train/dog/b.png", "test/cat/c.png"], {"test": 1, "train": 2},
+     "classes that hold folders alone or are named like splits: test, train."),
+    (["Val/a.png", "other/b.png"], {"Val": 1, "other": 1}, "like splits: Val."),
+    (["png/0/a.png", "png/1/b.png"], {"png": 2}, "like splits: png."),
+    (["new/a.png", "b.png", "c.png"], {"new": 1}, "2 .png beside the class folders"),
+    (["cat/a.png", "cat/more/b.png", "dog/c.png"], {"cat": 2, "dog": 1}, ""),
+])
+def test_the_wrong_level_of_folders_is_named(here, capsys, files, taken, said):
+    assert loaded(own_images(here / "own", *files))[0] == taken
+    out, err = capsys.readouterr()
+    assert out == f"train images: {', '.join(f'{k} {n}' for k, n in taken.items())}\n"
+    assert err.count("\n") == bool(said) and said in err
+
+
+def test_what_pillow_opens_is_an_image_and_the_rest_is_counted(here, capsys):
+    own = own_images(here / "own", "cat/a.png", "cat/b.gif", "cat/c.jfif", "cat/d", "cat/E.PNG",
+                     "cat/@eaDir/thumb.png", "@eaDir/cat/thumb.png", "__MACOSX/cat/x.png",
+                     "dog/a.png", "cat/.hidden.png")
+    for name in ("x.HEIC", "y.heic", "notes"):
+        (own / "cat" / name).write_bytes(b"not an image that Pillow knows")
+    own_images(here / "elsewhere", "1.png", "2.png")
+    (own / "dog" / "more").symlink_to(here / "elsewhere")
+    (own / "dog" / "again").symlink_to(here / "elsewhere")          # each folder once
+    (own / "dog" / "loop").symlink_to(own)
+    (own / "emu").symlink_to(own_images(here / "third", "1.png"))
+    assert loaded(own)[0] == {"cat": 5, "dog": 3, "emu": 1}
+    assert f"left out in {own}: 2 .heic, 1 without ending\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix, dtype, largest, white", [
+    (".png", np.uint16, 4000, 4095), (".tif", np.int32, 255, 255), (".tif", np.float32, 0.9, 1),
+    (".png", np.uint16, 65535, 65535)])
+def test_deep_images_are_scaled_by_the_largest_value_of_all(here, capsys, suffix, dtype, largest,
+                                                            white):
+    """The second image is half as bright, and stays so."""
+    (here / "own" / "scan").mkdir(parents=True)
+    ramp = np.linspace(0, largest, 28 * 28).reshape(28, 28)
+    for i, pixels in enumerate((ramp, ramp / 2)):
+        Image.fromarray(pixels.astype(dtype)).save(here / "own" / "scan" / f"{i}{suffix}")
+    images = loaded(here / "own")[1]
+    for image, pixels in zip(images, (ramp, ramp / 2), strict=True):
+        wanted = (pixels.astype(dtype) / white * 255).round()
+        assert np.abs(image[0].numpy() - wanted).max() <= 1e-3
+    assert f"2 images of more than 8 bits: 0 to {white} becomes 0 to 255" in capsys.readouterr().out
+
+
+def test_blank_images_are_counted_and_one_is_named(here, capsys):
+    own = own_images(here / "own", "ink/0.png", "ink/1.png", "ink/2.png")
+    for i in (1, 2):                                    # white ink on a transparent background
+        image = Image.new("RGBA", (28, 28), (255, 255, 255, 0))
+        image.paste((255, 255, 255, 255), (5, 5, 9, 9))
+        image.save(own / "ink" / f"{i}.png")
+    assert (loaded(own)[1][1:] == 255).all()
+    err = capsys.readouterr().err
+    assert "2 of 3 images have a single colour, such as" in err and "1.png (transparent" in err
 
 
 def checkpoint_weights(path) -> dict:

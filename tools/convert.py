@@ -317,14 +317,15 @@ class Autoencoder:
 def encode(args: Namespace) -> None:
     """Encode the images in IMAGES/<class name>/ as a data set of latents."""
     check_target(args.out, args.force, ".pt")
-    files, names = folder_files(args.source)
+    files, names, white = folder_files(args.source)
     vae, size, parts = Autoencoder(args.vae, pick_device(args.device)), args.image_size, []
     if size % vae.factor:
         raise UserError(f"--image-size {size} is not a multiple of {vae.factor}")
     shape = (vae.channels, size // vae.factor, size // vae.factor)
     for first in tqdm(range(0, len(files), args.batch_size), "encoding", unit="batch"):
         batch = files[first : first + args.batch_size]
-        pixels = torch.stack([torch.tensor(open_image(path, size)) for path, _ in batch])
+        pixels = torch.stack([torch.tensor(open_image(path, size, white))
+                              for path, _ in batch])
         noise = image_noise(args.seed, "encode", first, first + len(batch), shape)
         parts.append(vae.encode(pixels.float() / 127.5 - 1, noise).half().cpu())
     z = torch.cat(parts)
