@@ -13,13 +13,16 @@ import torch
 from PIL import Image
 
 import conftest
+import dit
 import train_mnist
 from diffusion import GaussianDiffusion
 from sample import generate, load
-from support import checkpoint as checkpoints
+from support import checkpoint as checkpoints, command
 from support.compute import StepRandom, seed_of
 from support.data import to_uint8
+from support.registry import NETWORKS
 from tools import evaluate, figures
+from variants.count import count
 
 GLYPHS = ("--dataset", "glyphs")
 
@@ -130,15 +133,34 @@ def test_x0hat_is_each_models_estimate_not_clipped(pair, sheets, capsys):
     assert rows[1][0].abs().max() > 20                              # no clipping
 
 
-def test_guidance_draws_the_same_noise_at_every_scale(pair, sheets):
-    flags = ("guidance", "v", "--cfg-scale", 0, 1, 3, "--steps", 4, "--seed", 5, "--out")
-    assert run(*flags, "g.png") == run(*flags, "h.png", "--labels", 3, "three", 8) == 0
-    for (rows, names, heads), labels in zip(sheets, (list(range(10)), [3, 3, 8]), strict=True):
-        assert names == ["scale 0: unconditional", "scale 1: conditional", "scale 3: guided"]
-        assert heads == [str(y) for y in labels] and not torch.equal(rows[0], rows[1])
-        for row, scale in zip(rows, (0, 1, 3), strict=True):
-            want = generate(load("v"), labels, cfg_scale=scale, steps=4, seed=5)
-            assert torch.equal(row, want.as_subclass(torch.Tensor))
+def test_rows_of_samples_have_the_same_noise(pair, sheets):
+    """guidance: of one class, a row for each scale; ema: the weights and their EMA."""
+    assert run("guidance", "v", "--label", "three", "--cfg-scale", 0, 1, 3, "--seed", 5,
+               "--out", "g.png") == 0
+    assert run("ema", "v/step_0000001.pt", "v/step_0000001.pt", "--seed", 5, "--out", "e.png") == 0
+    (rows, names, _), (pairs, steps, *_, group) = sheets
+    assert names == ["scale 0: unconditional", "scale 1: conditional", "scale 3: guided"]
+    assert steps == ["step 1: model", "step 1: ema"] * 2 and group == 2
+    assert not torch.equal(rows[0], rows[1]) and not torch.equal(pairs[0], pairs[1])
+    for row, scale in zip(rows, (0, 1, 3), strict=True):
+        want = generate(load("v"), [3] * 6, cfg_scale=scale, seed=5)
+        assert torch.equal(row, want.as_subclass(torch.Tensor))
+    for row, weights in zip(pairs, ("model", "ema") * 2, strict=True):
+        want = generate(load("v/step_0000001.pt", weights=weights), range(10), seed=5)
+        assert torch.equal(row, want.as_subclass(torch.Tensor))
+    assert "EMA weights alone" in refused("ema", command.SHIPPED, "--out", "x.png")
+
+
+def test_previews_are_the_first_of_each_class(train, sheets):
+    """generate(labels)[k] has noise k; a preview has six images of each class."""
+    assert train("--steps", 4, "--preview-every", 2, "--out", "run") == 0
+    assert run("previews", "run", "--steps", 2, 4, "--out", "p.png") == 0
+    rows, names, heads = sheets[0]
+    assert names == ["step 2", "step 4"] and heads == [""] * 10
+    want = to_uint8(generate(load("run"), [k // 6 for k in range(60)])[::6])
+    for image, pixels in zip(rows[1], want, strict=True):       # 28 pixels, three times as large
+        assert np.array_equal(np.asarray(image)[1::3, 1::3, 0], pixels[0])
+    assert "step_0000003.png is missing" in refused("previews", "run", "--steps", 3)
 
 
 # ---------------------------------------------------------------- attention
@@ -261,12 +283,12 @@ def runs(here):
     return "x0=x0-0/e.jsonl", "x0=x0-1/e.jsonl", "v/e.jsonl"
 
 
-def test_quality_against_accuracy(runs, capsys):
+def test_quality_against_accuracy(runs):
     figure = make("accuracy", *runs)
     frechet, recall = figure.axes
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "x0 (2 runs)", "v", "real: test set"]
-    mean, thin, other, v, test, enough = frechet.lines
+    mean, thin, other, v, test = frechet.lines
     assert points(thin) == [(0.1, 9), (0.01, 2), (0.005, 3), (0.0005, 5)]
     assert points(other) == [(0.08, 8), (0.003, 4), (0.0005, 3.5)]
     assert points(mean) == [(0.09, 8.5), (0.004, 3.5), (0.0005, 4.25)]
@@ -278,18 +300,13 @@ def test_quality_against_accuracy(runs, capsys):
                                                         (v, ("1", "1.5")))
         for scale, point in zip(scales, points(c), strict=True)]
     assert points(recall.lines[1])[1] == (0.01, 0.82)
-    assert set(test.get_ydata()) == {0.53} and set(recall.lines[-2].get_ydata()) == {0.871}
-    assert enough.get_xdata() == pytest.approx([0.005, 0.005])
+    assert set(test.get_ydata()) == {0.53} and set(recall.lines[-1].get_ydata()) == {0.871}
     for axes in figure.axes:                                        # right is better
         ticks = [tick.get_text() for tick in axes.get_xticklabels()]
         assert ticks == ["80%", "90%", "95%", "98%", "99%", "99.5%", "99.8%", "99.9%", "100%"]
         assert axes.get_xticks() == pytest.approx(
             [0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005])
         assert axes.get_xscale() == "log" and axes.get_xlim()[0] > 0.2 > axes.get_xlim()[1] > 0
-    numbers = [re.findall(r"[\d.]+", text.partition(": ")[2]) for text in
-               capsys.readouterr().out.splitlines()]
-    assert numbers[:3] == [["3.00", "0.800", "99.50", "2"], ["3.50", "0.800", "100.00", "2.5"],
-                           ["99.5"]]
 
 
 def test_runs_without_a_common_guidance_have_no_mean(here):
@@ -301,47 +318,80 @@ def test_runs_without_a_common_guidance_have_no_mean(here):
 # ---------------------------------------------------------------- training
 
 
-def test_densities_are_densities_and_ours_is_that_of_training(here):
-    figure = make("densities")
-    level, time = figure.axes
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert [name.split(":")[0] for name in names] == ["this project", "SD3", "JiT", "EDM2",
-                                                      "DDPM, DiT"]
-    for panel, whole in ((level, 1), (time, 1000)):
-        assert len({c.get_color() for c in panel.lines}) == len(panel.lines) == len(names)
-        for c in panel.lines:
-            assert np.trapezoid(c.get_ydata(), c.get_xdata()) == pytest.approx(whole, rel=0.01)
-    for c, peak in zip(level.lines, (0.4, 0, 0.8, -0.4), strict=False):
-        assert c.get_xdata()[np.argmax(c.get_ydata())] == pytest.approx(peak, abs=0.02)
+def test_timesteps_are_those_of_training(here):
+    tables, draws = make("timesteps").axes
     process, recipe = GaussianDiffusion(), SimpleNamespace(**train_mnist.RECIPE)
+    assert torch.equal(torch.tensor(tables.lines[0].get_ydata()), process.alpha)
+    assert torch.equal(torch.tensor(tables.lines[1].get_ydata()), process.sigma)
+    assert [curve.get_label().split(":")[0] for curve in draws.lines] == [
+        "this project", "SD3", "JiT", "DDPM, DiT"]
+    for curve in draws.lines:
+        assert np.trapezoid(curve.get_ydata(), curve.get_xdata()) == pytest.approx(1000, rel=0.01)
     rng = StepRandom(torch.device("cpu"), 0, 0, 200_000, slice(None))
     t = train_mnist.draw_timesteps(process, rng, recipe)
     found = torch.bincount(t // 100, minlength=10) / len(t)
-    assert np.allclose(time.lines[0].get_ydata().reshape(10, 100).sum(1) / 1000, found, atol=0.005)
-    x, y = level.lines[-1].get_data()               # uniform t: its share between two levels
-    a, b = process.t_from_noise_level(torch.tensor([-1.0, 1.0])).tolist()
-    inside = (x > -1) & (x < 1)
-    assert np.trapezoid(y[inside], x[inside]) == pytest.approx((b - a) / 1000, abs=0.01)
-    assert [text.get_text() for text in level.get_xticklabels()][2] == "0\nt = 258"
+    drawn = draws.lines[0].get_ydata().reshape(10, 100).sum(1) / 1000
+    assert np.allclose(drawn, found, atol=0.005)
 
 
-def test_loss_draws_the_averages_of_runs(here):
-    rows = [dict(step=i + 1, loss=4.0 if i < 60 else 2.0 + i % 2, loss_q1=1.0) for i in range(300)]
-    rows[9]["loss"], rows[0]["loss_q3"] = float("nan"), 7.0
-    for name, kept in (("output/one", rows), ("two", rows[:20])):
-        Path(name).mkdir(parents=True)
+@pytest.fixture
+def sizes(train, monkeypatch) -> list[str]:
+    """Runs of two steps: two seeds of one model, a wider one, one with patch 14. Each is evaluated
+    after both, at two numbers of sampling steps and three guidance scales."""
+    names = [f"output/{name}" for name in ("one", "two", "wide", "p14")]
+    monkeypatch.setitem(dit.MODELS, "DiT-Wide/7", conftest.TINY_SIZE | dict(hidden_size=32))
+    monkeypatch.setitem(dit.MODELS, "DiT-Test/14", conftest.TINY_SIZE | dict(patch_size=14))
+    flags = [("--seed", 0), ("--seed", 1), ("--model", "DiT-Wide/7"),
+             ("--model", "DiT-Test/14", "--network", "adaln")]
+    for i, name in enumerate(names):
+        assert train("--steps", 2, *flags[i], "--out", name) == 0
+        Path(name, "evaluations.jsonl").write_text("".join(
+            line(scale, accuracy, factor * (10 + i) / step / steps, step=step, steps=steps,
+                 images_from=step) for step in (1, 2) for steps in (2, 10)
+            for scale, accuracy, factor in ((1, 0.9, 1), (1.5, 0.99, 2), (2, 1.0, 3))))
+    return names
+
+
+def drawn(*flags) -> dict:
+    return {c.get_label(): points(c) for c in make("curves", *flags).axes[0].lines}
+
+
+def test_curves_of_quality_against_gflops(sizes, capsys):
+    configs = [json.loads(Path(name, "config.json").read_text()) for name in sizes[1:]]
+    small, wide, p14 = (count(NETWORKS[c["network"]], **c["model"])[1] / 1e9 for c in configs)
+    found = drawn(*sizes, "--x", "forward", "--y", "frechet")       # with 99% right, in 2 steps
+    assert found["patch 7"] == [(small, 21 / 4), (wide, 24 / 4)]    # the mean of two seeds
+    assert found["patch 14, adaln"] == [(p14, 26 / 4)] and len(found) == 2
+    assert f"DiT-Wide/7: {wide:.4g} Gflops, 6" in capsys.readouterr().out
+    found = drawn(*sizes, "--x", "training", "--y", "frechet")      # three forwards of 8 images
+    assert found["DiT-Test/7"] == [(24 * small, 21 / 2), (48 * small, 21 / 4)]
+    assert found["DiT-Test/14, adaln"][1] == (48 * p14, 26 / 4)
+    found = drawn(*sizes, "--x", "sampling", "--y", "frechet")      # two forwards a step
+    assert found["DiT-Wide/7"] == [(4 * wide, 24 / 4), (20 * wide, 24 / 20)]
+    found = drawn(*sizes, "--x", "sampling", "--y", "frechet", "--cfg-scale", 1)
+    assert found["DiT-Wide/7"] == [(2 * wide, 12 / 4), (10 * wide, 12 / 20)]
+    rows = [checkpoints.read_metrics(Path(name)) for name in sizes[:2]]
+    found = drawn(*sizes, "--x", "forward", "--y", "loss_eps")      # the last 100 steps
+    mean = np.mean([row["loss_eps"] for each in rows for row in each])
+    assert found["patch 7"][0] == (small, mean)
+    found = drawn(*sizes, "--x", "training")
+    assert found["DiT-Test/7"][1] == (48 * small, (rows[0][1]["loss"] + rows[1][1]["loss"]) / 2)
+
+
+def test_curves_of_the_loss_are_averages(sizes):
+    rows = [dict(step=i + 1, loss=4.0 if i < 60 else 2.0 + i % 2) for i in range(300)]
+    rows[9]["loss"], rows[0]["loss_q1"] = float("nan"), 1.0
+    for name, kept in zip(sizes, (rows, rows[:20]), strict=False):
         Path(name, "metrics.jsonl").write_text("\n".join(map(json.dumps, kept)))
-    Path("output/one/step_0000001.pt").touch()
-    whole, *quarters = make("loss").axes
-    steps, means = whole.lines[0].get_data()
+    axes, = make("curves", sizes[0]).axes
+    steps, means = axes.lines[0].get_data()
     assert steps[:5] == pytest.approx([1, 2, 3, 4, 5]) and 10 not in steps.tolist()
     assert 50 < len(steps) < 80 and steps[-1] > 290                 # ranges that grow
     assert means[steps < 60] == pytest.approx(4) and means[-3:] == pytest.approx(2.5, abs=0.05)
-    assert [len(axes.lines[0].get_xdata()) for axes in quarters] == [len(steps) + 1, 0, 1, 0]
-    one, two = make("loss", "output/one", "two").axes[0].lines
-    assert (one.get_label(), two.get_label()) == ("output/one", "two")
-    assert two.get_xdata().max() == 20 and max(one.get_xdata()) == steps[-1]
-    assert run("loss", "two") == 0 and Image.open("output/loss.png").width == 1400
+    assert drawn(sizes[0], "--y", "loss_q1") == {sizes[0]: [(1, 1)]}
+    found = drawn(*sizes[:2])
+    assert list(found) == sizes[:2] and len(found[sizes[1]]) < 20
+    assert run("curves", sizes[1]) == 0 and Image.open("output/curves.png").width == 1120
 
 
 # ---------------------------------------------------------------- what is refused
@@ -364,7 +414,8 @@ def test_what_cannot_share_a_figure_is_refused(pair, train):
                     labels=torch.arange(200) % 10, class_names=list("0123456789")), "l.pt")
     assert "l.pt" in refused("forward", "--dataset", "latents:l.pt")
     assert "l.pt" in refused("attention", "v", "--dataset", "latents:l.pt")
-    assert "no training run" in refused("loss", "small/samples")
+    assert "no training run" in refused("curves", "small/samples")
+    assert "has no loss against --x sampling" in refused("curves", "small", "--x", "sampling")
 
 
 def test_files_that_are_no_evaluations(here):
@@ -388,6 +439,6 @@ def test_without_matplotlib_the_figures_that_need_it_say_so(train, monkeypatch):
     for name in [m for m in sys.modules if m.split(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     Path("e.jsonl").write_text(line(1) + line(2))
-    for flags in (["loss", "v"], ["sweep", "e.jsonl"], ["accuracy", "e.jsonl"], ["densities"]):
+    for flags in (["curves", "v"], ["sweep", "e.jsonl"], ["accuracy", "e.jsonl"], ["timesteps"]):
         assert "pip install matplotlib" in refused(*flags, "--out", "m.png")
     assert run("forward", *GLYPHS, "--times", 5, "--out", "x.png") == 0

@@ -2,12 +2,14 @@
 
     python -m tools.figures forward                     a digit at several t, from x0 to noise
     python -m tools.figures attention CKPT              what one patch attends to, by each head
-    python -m tools.figures guidance CKPT               the same noise at several guidance scales
+    python -m tools.figures guidance CKPT --label 4     one class at several guidance scales
+    python -m tools.figures ema CKPT CKPT               the weights beside their EMA
+    python -m tools.figures previews RUN                what a run drew at several steps
     python -m tools.figures x0hat CKPT_EPS CKPT_V       each model's estimate of the clean image
+    python -m tools.figures timesteps                   alpha and sigma, and the t of training
     python -m tools.figures sweep FILE.jsonl            tools.evaluate's results against guidance
     python -m tools.figures accuracy NAME=FILE.jsonl... distance and recall against accuracy
-    python -m tools.figures densities                   the noise levels that training draws
-    python -m tools.figures loss RUN...                 loss against the step, also by quarters of t
+    python -m tools.figures curves RUN...               loss or quality against steps or Gflops
 
 Each writes --out FILE.png, or a new numbered file under output/. The last four need matplotlib.
 """
@@ -15,6 +17,7 @@ Each writes --out FILE.png, or a new numbered file under output/. The last four 
 import support.threads  # noqa: F401  (before torch)
 
 import inspect
+import itertools
 import json
 import math
 from argparse import Namespace
@@ -34,10 +37,12 @@ from sample import Checkpoint, label_of, load, sample
 from support import checkpoint as checkpoints
 from support import command, compute, data
 from support.command import (
-    COUNT, SEED, Parser, UserError, atomic_write, check_target, next_free, number, run_command, say,
-    short)
+    COUNT, SEED, Parser, UserError, atomic_write, check_target, next_free, number, reason,
+    run_command, say, short)
+from support.registry import NETWORKS
 from tools.evaluate import class_balanced_order
 from train_mnist import RECIPE
+from variants.count import count
 
 CELL, GAP = 84, 4                               # of a sheet of images, in pixels
 # Told apart by colour-blind readers (Okabe & Ito), and by marker or line style
@@ -139,18 +144,48 @@ def x0hat(args: Namespace) -> Image.Image:
                  [*(f"t = {t}" for t in args.times), "x0"], feet, len(blocks))
 
 
-def guidance(args: Namespace) -> Image.Image:
-    """Samples of each of --labels from the same noise, a row for each guidance scale."""
-    checkpoint = load(args.checkpoint)
-    names = checkpoint.class_names
+def samples_of(checkpoint: Checkpoint, y: Tensor, args: Namespace, **options) -> Tensor:
+    """Images (N, C, H, H) of the labels y (N,), always from the noises of --seed."""
     if checkpoint.sampling.get("latents"):
         raise UserError(f"{checkpoint.path} makes latents, which cannot be drawn")
-    y = torch.tensor([label_of(text, names) for text in args.labels or names[:10]])
-    rows = [torch.cat(list(sample(checkpoint, y, cfg_scale=s, steps=args.steps, seed=args.seed)))
-            for s in args.cfg_scale]
+    return torch.cat(list(sample(checkpoint, y, seed=args.seed, **options)))
+
+
+def guidance(args: Namespace) -> Image.Image:
+    """Samples of one class from six noises, a row for each guidance scale."""
+    checkpoint = load(args.checkpoint)
+    label = label_of(args.label or checkpoint.class_names[0], checkpoint.class_names)
+    y = torch.full((6,), label)
     words = {0: "unconditional", 1: "conditional"}
-    return sheet(rows, [f"scale {s:g}: {words.get(s, 'guided')}" for s in args.cfg_scale],
-                 [names[i] for i in y])
+    return sheet([samples_of(checkpoint, y, args, cfg_scale=s) for s in args.cfg_scale],
+                 [f"scale {s:g}: {words.get(s, 'guided')}" for s in args.cfg_scale], [""] * 6)
+
+
+def ema(args: Namespace) -> Image.Image:
+    """Samples of the first ten classes, for each checkpoint two rows from the same noises: with the
+    weights before averaging, and with their EMA."""
+    rows, names = [], []
+    for path in args.checkpoints:
+        for weights in ("model", "ema"):
+            checkpoint = load(path, weights=weights)
+            y = torch.arange(min(10, len(checkpoint.class_names)))
+            rows.append(samples_of(checkpoint, y, args))
+            names.append(f"step {checkpoint.step:,}: {weights}")
+    return sheet(rows, names, [""] * max(map(len, rows)), None, 2)
+
+
+def previews(args: Namespace) -> Image.Image:
+    """The first image of each class in the previews of a run, a row for each of --steps."""
+    rows = []
+    for step in args.steps:
+        path = Path(args.run, "samples", f"step_{step:07d}.png")
+        if not path.is_file():
+            raise UserError(f"{path} is missing: see --steps, and --preview-every of a new run")
+        page = Image.open(path)
+        side = (page.width - 2) // 6                        # a frame of 2 pixels, six columns
+        rows.append([page.crop((2, y + 2, side, y + side)).resize(
+            (CELL, CELL), Image.Resampling.NEAREST) for y in range(0, page.height - 2, side)])
+    return sheet(rows, [f"step {step:,}" for step in args.steps], [""] * len(rows[0]))
 
 
 class AttentionWeights(TorchFunctionMode):
@@ -213,7 +248,6 @@ METRICS = ("accuracy", "frechet", "precision", "recall")
 # What makes two evaluations the same measurement
 SETTINGS = ("images_from", "weights", "images", "sampler", "steps", "eta", "cfg_scale",
             "guidance_interval", "autoguidance", "seed", "data_digest")
-ENOUGH = 0.995                  # an accuracy at which the distances of runs are compared
 ERRORS = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 5e-4, 2e-4, 1e-4)   # ticks
 
 
@@ -256,6 +290,13 @@ def groups_against(x: str, points: list[dict]) -> list[list[dict]]:
     return [list(group.values()) for group in groups.values()]
 
 
+def log_ticks(axis) -> None:
+    """Of a logarithmic axis: plain numbers at 1, 2, 3, 5, 10 ...; evenly spaced on a short one."""
+    from matplotlib.ticker import LogLocator, NullLocator
+    axis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), major_formatter="{x:g}",
+             minor_locator=NullLocator())
+
+
 def metric_axis(axes, metric: str, points: list[dict]) -> None:
     """The y axis of a metric, logarithmic for a distance, with a grid; dashed, the test set's."""
     tests = sorted({p["test"][metric] for p in points})
@@ -263,8 +304,8 @@ def metric_axis(axes, metric: str, points: list[dict]) -> None:
         axes.axhline(value, color="black", ls="--", lw=0.9, label=None if i else "real: test set")
     axes.set_ylabel(metric.replace("frechet", "Frechet distance"))
     if metric == "frechet":
-        axes.set_yscale("log", subs=[2, 5])
-        axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+        axes.set_yscale("log")
+        log_ticks(axes.yaxis)
     else:                                           # shares: differences below 0.03 look small
         drawn = tests + [p["samples"][metric] for p in points]
         axes.set_ylim(min(drawn) - 0.03, min(max(drawn) + 0.03, 1.005))
@@ -297,19 +338,13 @@ def sweep(args: Namespace):
 
 def accuracy(args: Namespace):
     """Frechet distance and recall against accuracy, which guidance varies: a curve for each name,
-    the mean of its runs, each of which is a thin line. Says for each run the smallest distance
-    with at least ENOUGH right."""
+    the mean of its runs, each of which is a thin line."""
     figure, runs = new_figure(figsize=(10, 4.2)), {}        # name -> curves
     for text in args.runs:
         name, _, file = text.rpartition("=")
         name = name or Path(file).resolve().parent.name
-        curve = max(groups_against("cfg_scale", read_evaluations(Path(file))), key=len)
-        runs.setdefault(name, []).append(curve)
-        right = [p["samples"] | p for p in curve if p["samples"]["accuracy"] >= ENOUGH]
-        say(f"{name} ({file}): " + ("Frechet distance {frechet:.2f}, recall {recall:.3f}, "
-            "{accuracy:.2%} right at guidance {cfg_scale:g}".format(
-                **min(right, key=lambda p: p["frechet"])) if right else
-            f"no guidance with {ENOUGH:.1%} right"))
+        runs.setdefault(name, []).append(
+            max(groups_against("cfg_scale", read_evaluations(Path(file))), key=len))
     points = [p for curves in runs.values() for curve in curves for p in curve]
     images, *others = {p["images"] for p in points}
     if others:
@@ -323,7 +358,6 @@ def accuracy(args: Namespace):
             place = dict(xytext=(4, 5)) if i % 2 else dict(xytext=(-4, -12), ha="right")
             draw_runs(axes, name, curves, metric, place)
         metric_axis(axes, metric, points)
-        axes.axvline(1 - ENOUGH, color="black", ls=":", lw=0.9)
         axes.set(xscale="log", xlim=(low, 0.8 * high), xlabel="accuracy")
         axes.set_xticks(list(ticks), ticks.values(), fontsize=9)
         axes.set_xticks([], minor=True)
@@ -352,59 +386,107 @@ def draw_runs(axes, name: str, curves: list[list[dict]], metric: str, place: dic
 # ---------------------------------------------------------------- training (matplotlib)
 
 # Mean and standard deviation of ln(sigma / alpha) in training. JiT's t is 1 where the image is
-# clean, so that logit(t) = ln(alpha / sigma), of mean -0.8; EDM2 has alpha = 1 and gives ln(sigma).
+# clean, so that logit(t) = ln(alpha / sigma), of mean -0.8.
 NOISE_LEVELS = {"this project": (RECIPE["noise_mean"], RECIPE["noise_std"]),
                 "SD3": (0.0, 1.0),              # arXiv 2403.03206
-                "JiT": (0.8, 0.8),              # arXiv 2511.13720
-                "EDM2": (-0.4, 1.0)}            # arXiv 2312.02696
+                "JiT": (0.8, 0.8)}              # arXiv 2511.13720
 
 
-def densities(args: Namespace):
-    """How often training sees each noise level: the density over ln(sigma / alpha), and over the
-    timesteps of the lesson's schedule, relative to uniform t."""
-    diffusion, figure = GaussianDiffusion(), new_figure(figsize=(10, 4.2))
-    by_level, by_time = panels = figure.subplots(1, 2)
+def timesteps(args: Namespace):
+    """alpha and sigma over t, and how often training draws each t, relative to uniform t."""
+    diffusion, figure = GaussianDiffusion(), new_figure(figsize=(9, 3))
+    tables, draws = panels = figure.subplots(1, 2)
+    tables.plot(diffusion.alpha, color=COLOURS[0], label="alpha: share of the image")
+    tables.plot(diffusion.sigma, color=COLOURS[1], ls="--", label="sigma: share of the noise")
+    T, bounds = diffusion.num_timesteps, diffusion.noise_level_bounds.tolist()
+    for (name, level), colour, style in zip(NOISE_LEVELS.items(), COLOURS, STYLES, strict=False):
+        density = T * np.diff([0, *map(NormalDist(*level).cdf, bounds), 1])
+        draws.plot(density, color=colour, ls=style,
+                   label="{}: mean {:g}, std {:g}".format(name, *level))
+        if name == "this project":
+            draws.fill_between(range(T), density, color=colour, alpha=0.2, lw=0)
+    draws.plot([0, T - 1], [1, 1], color="black", lw=0.8, ls=":", label="DDPM, DiT: uniform t")
     for axes in panels:
-        axes.set_prop_cycle(color=COLOURS[:len(STYLES)], linestyle=STYLES)
+        axes.set(xlabel="t", xlim=(0, T - 1), ylim=(0, 1.5))
+        axes.legend(fontsize=8, loc="upper right")
         axes.grid(alpha=0.3)
-    T, levels = diffusion.num_timesteps, np.linspace(-6, 6, 481)
-    bounds = diffusion.noise_level_bounds.tolist()          # between timesteps
-    for name, (mean, std) in NOISE_LEVELS.items():
-        normal = NormalDist(mean, std)
-        by_level.plot(levels, [normal.pdf(x) for x in levels],
-                      label=f"{name}: mean {mean:g}, std {std:g}")
-        by_time.plot(T * np.diff([0, *map(normal.cdf, bounds), 1]))
-    level = (1 / diffusion.alpha_bar - 1).log() / 2         # ln(sigma / alpha), (T,), float64
-    by_level.plot((level[1:] + level[:-1]) / 2, 1 / (T * level.diff()),
-                  label="DDPM, DiT: uniform t")
-    by_time.plot([0, T - 1], [1, 1])
-    ticks = torch.arange(-4, 6, 2)
-    by_level.set_xticks(ticks, [f"{x}\nt = {t}" for x, t in zip(
-        ticks.tolist(), diffusion.t_from_noise_level(ticks).tolist(), strict=True)])
-    by_level.set(xlabel="ln(sigma / alpha); t of the linear-beta schedule", xlim=(-6, 6),
-                 ylim=(0, None), ylabel="density in training")
-    by_time.set(xlabel="t", xlim=(0, T), ylim=(0, None), ylabel="density, relative to uniform t")
-    figure.legend(loc="outside lower center", ncols=3)
+    draws.set(ylabel="how often, relative to uniform", ylim=(0, 3.9))
     return figure
 
 
-def loss(args: Namespace):
-    """The losses of runs against the step, averaged; below, those of each quarter of t."""
-    figure = new_figure(figsize=(10, 7))
-    grid = figure.add_gridspec(2, 4, height_ratios=[2, 1])
-    panels = {"loss": figure.add_subplot(grid[0, :], ylabel="loss")}
-    for i in range(4):
-        panels[f"loss_q{i + 1}"] = figure.add_subplot(
-            grid[1, i], sharey=panels.get("loss_q1"), title=f"t = {250 * i} ... {250 * i + 249}")
-    for folder in args.runs or [checkpoints.newest_run() or command.OUTPUT]:
-        if not (rows := checkpoints.read_metrics(Path(folder))):
-            raise UserError(f"{short(folder)} holds no training run")
-        for key, axes in panels.items():
-            axes.plot(*averaged(rows, key), label=short(folder))
-            axes.set(xscale="log", yscale="log", xlabel="step")
-            axes.grid(alpha=0.3)
-    panels["loss"].legend()
+RIGHT = 0.99                    # the accuracy at which `curves` compares distances
+AXES = dict(steps="training steps", forward="Gflops of one forward", training="Gflops of training",
+            sampling="Gflops of sampling one image")
+
+
+def curves(args: Namespace):
+    """--y of runs against --x, as figures 6 to 10 of the DiT paper, whose Gflops (of one image) are
+    multiply-adds. --y is a key of metrics.jsonl, or frechet or recall from evaluations.jsonl: at
+    guidance --cfg-scale, by default that of the smallest Frechet distance with 99% right.
+
+    --x steps and training: a line for each run; a step of training costs three forwards an image.
+    forward: a line for each patch size; each run has a point, its end. sampling: a line for each
+    model, at its end; a guided step costs two forwards.
+    """
+    figure, lines = new_figure(figsize=(8, 5)), {}              # label -> model, x -> values of y
+    axes, measured = figure.subplots(), args.y in METRICS
+    axes.set(xscale="log", yscale="log", xlabel=AXES[args.x],
+             ylabel=args.y.replace("frechet", "Frechet distance"))
+    for folder in map(Path, args.runs or [checkpoints.newest_run() or command.OUTPUT]):
+        model, patch, points = run_points(folder, args)
+        label = dict(steps=short(folder), forward=patch).get(args.x, model)
+        for x, y in points:
+            lines.setdefault(label, {}).setdefault((x, model), []).append(y)
+    for (label, points), colour, marker in zip(lines.items(), itertools.cycle(COLOURS),
+                                               itertools.cycle(MARKERS), strict=False):
+        found = [(x, np.mean(ys), model) for (x, model), ys in sorted(points.items())]
+        x, y, models = zip(*found, strict=True)
+        axes.plot(x, y, color=colour, label=label, marker=marker if measured or args.x == "forward"
+                  else "", ms=5)
+        for place in zip(x, y, models, strict=True) if args.x == "forward" else ():
+            say("{2}: {0:.4g} Gflops, {1:.4g}".format(*place))
+            axes.annotate(place[2], place[:2], xytext=(0, 6), textcoords="offset points",
+                          fontsize=8, ha="center")
+    for axis in axes.xaxis, axes.yaxis:
+        log_ticks(axis)
+    axes.margins(0.1)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
     return figure
+
+
+def run_points(folder: Path, args: Namespace) -> tuple[str, str, list[tuple[float, float]]]:
+    """(name of the model, its patch size, the points of its run) for `curves`."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        network, sizes, recipe = (config[key] for key in ("network", "model", "recipe"))
+        gflops = count(NETWORKS[network], **sizes)[1] / 1e9
+        other = f", {network}" * (network != "dit")
+        names = recipe["model"] + other, f"patch {sizes['patch_size']}" + other
+        per_step = dict(steps=1, training=3 * recipe["batch_size"] * gflops).get(args.x)
+        usual = config["sampling"]["steps"]
+    except (OSError, *checkpoints.ANY_ERROR) as error:
+        raise UserError(f"{folder} holds no training run ({reason(error)})") from None
+    if args.y not in METRICS:
+        rows = checkpoints.read_metrics(folder)
+        steps, means = averaged(rows, args.y)
+        if not len(steps) or args.x == "sampling":
+            raise UserError(f"{folder} has no {args.y} against --x {args.x}")
+        return *names, [*zip(steps * per_step, means, strict=True)] if per_step else [
+            (gflops, np.mean([row[args.y] for row in rows[-100:] if args.y in row]))]
+    points, evaluations = [], read_evaluations(folder / "evaluations.jsonl")
+    for group in groups_against("cfg_scale", evaluations):
+        found = [p for p in group if p["cfg_scale"] == args.cfg_scale or args.cfg_scale is None
+                 and p["samples"]["accuracy"] >= RIGHT]
+        best = min(found, key=lambda p: p["samples"]["frechet"], default=None)
+        if best is None or args.x != "sampling" and best["steps"] != usual or not per_step and (
+                best["step"] < max(p["step"] for p in evaluations)):
+            continue
+        x = best["step"] * per_step if per_step else gflops
+        if args.x == "sampling":
+            x *= best["steps"] * (1 if best["cfg_scale"] in (0, 1) else 2)
+        points.append((x, best["samples"][args.y]))
+    return *names, points
 
 
 def averaged(rows: list[dict], key: str) -> np.ndarray:
@@ -452,7 +534,7 @@ def parser() -> Parser:
                              help=f"how many images of the test set (default: {images})")
             sub.add_argument("--times", type=number(int, 0), nargs="+", default=times, metavar="T",
                              help=f"timesteps (default: {' '.join(map(str, times))})")
-        if images or draw is guidance:
+        if draw in (forward, x0hat, attention, guidance, ema):
             sub.add_argument("--seed", type=SEED, default=0, help="of images, noise (default: 0)")
         sub.add_argument("--out", type=Path, metavar="FILE.png",
                          help="the figure (default: a new numbered file under output/)")
@@ -467,18 +549,24 @@ def parser() -> Parser:
         (999, 950, 900, 800, 600, 400, 200, 50))
     add(attention, checkpoint, 2, (800, 50))
     sub = add(guidance, checkpoint)
-    sub.add_argument("--labels", nargs="+", metavar="LABEL", help="a column for each: class names, "
-                     "number words or indices (default: the first ten classes)")
+    sub.add_argument("--label", help="class name, number word or index (default: the first class)")
     sub.add_argument("--cfg-scale", type=number(float, -100, 100), nargs="+", default=[0, 1, 2, 4],
                      metavar="S", help="guidance scales (default: 0 1 2 4)")
-    sub.add_argument("--steps", type=COUNT, help="sampling steps (default: the checkpoint's)")
+    add(ema, ("checkpoints", "+", "CKPT", "full checkpoints of a run: step_*.pt"))
+    add(previews, ("run", None, "RUN", "a run folder")).add_argument(
+        "--steps", type=COUNT, nargs="+", default=[100, 300, 500, 1000, 4000], metavar="N",
+        help="(default: 100 300 500 1000 4000, with --preview-every 100)")
     sub = add(sweep, ("files", "+", "FILE.jsonl", lines))
     sub.add_argument("--against", choices=("guidance", "steps"), default="guidance",
                      help="default: guidance")
     add(accuracy, ("runs", "+", "NAME=FILE.jsonl", lines + " and the name of its curve; runs of "
                    "one name are seeds of it"))
-    add(densities)
-    add(loss, ("runs", "*", "RUN", "run folders (default: the newest under output/)"))
+    add(timesteps)
+    sub = add(curves, ("runs", "*", "RUN", "run folders (default: the newest under output/)"))
+    sub.add_argument("--x", choices=AXES, default="steps", help="(default: steps)")
+    sub.add_argument("--y", default="loss", metavar="KEY", help="loss, loss_eps, loss_q1 ... or "
+                     "frechet, accuracy, precision, recall (default: loss)")
+    sub.add_argument("--cfg-scale", type=float, metavar="S", help="guidance (default: the best)")
     return p
 
 
