@@ -1,17 +1,16 @@
 """Time training steps and sampling, in turn with what they are compared to.
 
-    python -m tools.benchmark --compile                 in fp32 and bf16, compiled and not
+    python -m tools.benchmark                           in fp32 and in bf16
     python -m tools.benchmark --against --sample 20     the published loop and sampler, and ours
-    python -m tools.benchmark --against models.py:DiT   the same with the published network itself
     python -m tools.benchmark --model DiT-B/2 --image-size 32 --channels 4      latents of 256x256
     python -m tools.benchmark --busy 1 2                alone, and beside busy processes
-    python -m tools.benchmark --scaling                 with more tokens, width and depth
     python -m tools.benchmark --profile FILE.txt        where the time of some steps goes
 
 Every round times each row in turn, so that a machine that slows down, or is shared, slows them all;
-the speed-up is the median over the rounds of the ratio to the first row. MFU (model flops
-utilisation): flops per second of the network's forward and backward over those of a large matrix
-product in the same precision. The images are noise: their content does not change the time.
+the speed-up is the median over the rounds of the ratio to the first row. So all rows are in memory
+together. MFU (model flops utilisation): flops per second of the network's forward and backward over
+those of a large matrix product in the same precision. The images are noise: their content does not
+change the time.
 """
 
 import support.threads  # noqa: F401  (before torch)
@@ -19,7 +18,6 @@ import support.threads  # noqa: F401  (before torch)
 import copy
 import itertools
 import os
-import runpy
 import subprocess
 import sys
 import time
@@ -27,14 +25,11 @@ from argparse import Namespace
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
-from math import inf, log
+from math import inf
 from pathlib import Path
-from statistics import linear_regression, median
+from statistics import median
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import train_mnist
 from diffusion import GaussianDiffusion, classifier_free_guidance
@@ -42,8 +37,9 @@ from dit import MODELS, DiT
 from sample import Checkpoint, sample
 from support import compute, data, replay
 from support.command import (
-    COUNT, Parser, UserError, atomic_write, check_target, number, reason, run_command, say, short)
+    COUNT, Parser, UserError, atomic_write, check_target, number, run_command, say, short)
 from support.registry import PROCESSES
+from variants.count import count
 
 IMAGES = 64         # sampled in one batch
 BUSY = """import os, sys
@@ -116,14 +112,14 @@ def hardware(device: torch.device) -> str:
 class Ours:
     """A network in training: each call makes one more step, as `train` of train_mnist.py does."""
 
-    def __init__(self, args: Namespace, precision: str, compiled: bool):
+    def __init__(self, args: Namespace, precision: str):
         self.args, self.precision, self.steps = args, precision, itertools.count()
         self.model = DiT(**args.sizes).to(args.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.diffusion = GaussianDiffusion(prediction=args.prediction, weighting=args.weighting)
         self.diffusion.to(args.device)
         self.optimizers = train_mnist.make_optimizers(self.model, args)
-        net = compute.prepare(self.model, args.device, precision, compiled)
+        net = compute.prepare(self.model, args.device, precision, args.compile)
         scaler = torch.amp.GradScaler(args.device.type, enabled=precision == "fp16")
         self.update = partial(train_mnist.training_step, net, self.ema, self.optimizers,
                               self.diffusion, scaler, args.clip or inf)
@@ -147,32 +143,23 @@ class Ours:
                     precision=precision))
 
 
-class PublishedDiT(DiT):
-    """`dit.DiT`, which computes what the published network does, with its label dropout inside."""
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        if self.training:
-            y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.null_class, y)
-        return super().forward(x, t, y)
-
-
 class Published:
     """A network in training by the published loop (train.py of facebookresearch/DiT): each call
-    makes one more step, in fp32 (TF32 on a GPU), without data loader and autoencoder."""
+    makes one more step, in fp32 (TF32 on a GPU), without data loader and autoencoder. The network
+    is that of dit.py, which computes what the published one does."""
 
     precision = "fp32"
 
     def __init__(self, args: Namespace):
         self.args, self.steps, self.running_loss = args, itertools.count(), 0.0
-        network = published_network(args.against)
-        self.model = network(**args.sizes, learn_sigma=True).to(args.device).train()
+        self.model = DiT(**args.sizes, learn_sigma=True).to(args.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.ema.null_class = args.sizes["num_classes"]
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0)
         self.diffusion = PROCESSES["learned-variance"](prediction="eps").to(args.device)
 
     def __call__(self) -> None:
         x0, y = self.args.batches(next(self.steps))
+        y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.model.null_class, y)
         t = torch.randint(0, self.diffusion.num_timesteps, (len(y),), device=x0.device)
         loss = self.diffusion.loss(self.model, x0, t, y, torch.randn_like(x0)).mean()
         self.optimizer.zero_grad()
@@ -192,44 +179,25 @@ class Published:
         list(self.diffusion.ddpm_sample(predict, xT, steps=self.args.sample))
 
 
-def published_network(spec: str) -> Callable:
-    """NETWORK of FILE.py:NETWORK, which is executed; PublishedDiT without one."""
-    if not spec:
-        return PublishedDiT
-    file, _, name = spec.rpartition(":")
-    try:
-        return runpy.run_path(file)[name]
-    except Exception as error:                  # whatever that file does
-        raise UserError(f"--against {spec}: no FILE.py:NETWORK ({reason(error)})") from None
-
-
 # ---------------------------------------------------------------- the measurements
 
 
 def comparisons(args: Namespace) -> dict[str, Ours | Published]:
     """What is timed. The first one is what speed-ups refer to."""
-    works, kinds = {}, [(name, name, "muon") for name in dict.fromkeys(("fp32", "bf16", args.best))]
-    if args.against is not None:
-        works["published"] = Published(args)
-        kinds = [(f"ours, {name}", args.best, name) for name in ("adamw", "muon")]
-    elif args.busy:
-        kinds = [("as trained", args.best, "muon")]
-    for name, precision, optimizer in kinds:
-        for compiled in (False, True)[: 1 + args.compile]:
-            its = Namespace(**{**vars(args), "optimizer": optimizer})
-            works[name + ", compiled" * compiled] = Ours(its, precision, compiled)
-    return works
-
-
-def time_steps(works: dict, args: Namespace) -> dict[str, dict[str, float]]:
-    n = args.steps_per_round
-    repeated = {name: lambda work=work: [work() for _ in range(n)] for name, work in works.items()}
-    return time_rounds(repeated, args.rounds, n, args.device, args.busy,
-                       warm_up=1 + replay.WARM_UP // n)
+    if args.against:
+        return {"published": Published(args)} | {f"ours, {name}": Ours(Namespace(
+            **vars(args) | dict(optimizer=name)), args.best) for name in ("adamw", "muon")}
+    if args.busy:
+        return {"as trained": Ours(args, args.best)}
+    return {precision: Ours(args, precision) for precision in dict.fromkeys(("fp32", args.best))}
 
 
 def training(works: dict, args: Namespace) -> None:
-    rows, flops, rates = time_steps(works, args), step_flops(args), {}
+    n, rates = args.steps_per_round, {}
+    rows = time_rounds({name: lambda work=work: [work() for _ in range(n)]
+                        for name, work in works.items()}, args.rounds, n, args.device, args.busy,
+                       warm_up=1 + replay.WARM_UP // n)
+    flops = 3 * 2 * args.batch_size * count(DiT, **args.sizes)[1]       # backward: twice forward's
     for precision in {work.precision for work in works.values()}:
         side = 8192 if args.device.type == "cuda" else 2048
         matrix = torch.randn(side, side, device=args.device, dtype=compute.DTYPES[precision])
@@ -238,47 +206,18 @@ def training(works: dict, args: Namespace) -> None:
     for name, row in rows.items():
         precision = works[name].precision if name in works else args.best       # beside busy ones
         row["MFU %"] = 100 * flops / row["ms"] / rates[precision]
-    show(f"ms of a training step, {args.rounds} rounds of {args.steps_per_round} steps", rows)
+    show(f"ms of a training step, {args.rounds} rounds of {n} steps", rows)
     say(f"a step: {flops / 1e9:,.1f} GFLOP; a large matrix product, in GFLOP/s: "
         + ", ".join(f"{name} {rate / 1e6:,.0f}" for name, rate in rates.items()))
 
 
-def step_flops(args: Namespace) -> int:
-    """Flops of a training step's forward and backward, counted on the CPU for one image."""
-    side, channels = args.sizes["input_size"], args.sizes["in_channels"]
-    x0, t = torch.zeros(1, channels, side, side), torch.tensor([0])
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        GaussianDiffusion().loss(DiT(**args.sizes), x0, t, t, x0).mean().backward()
-    return args.batch_size * counter.get_total_flops()
-
-
 def sampling(works: dict, args: Namespace) -> None:
     ours = list(works.values())[-1]
-    draws = {"published": works["published"].sample} if args.against is not None else {}
+    draws = {"published": works["published"].sample} if args.against else {}
     for precision in dict.fromkeys(("fp32", compute.pick_precision("auto", args.device))):
         draws[f"ours, {precision}"] = partial(ours.sample, precision)
     show(f"ms of a sample, {args.rounds} rounds of {IMAGES} in {args.sample} steps, guidance 2",
          time_rounds(draws, args.rounds, IMAGES, args.device, args.busy))
-
-
-def scaling(args: Namespace) -> None:
-    """The step against tokens, width and depth; exponents fitted by least squares."""
-    width, heads, depth = (args.sizes[key] for key in ("hidden_size", "num_heads", "depth"))
-    series = dict(
-        tokens={(side // p) ** 2: dict(input_size=side, patch_size=p)
-                for side, p in ((28, 7), (28, 4), (28, 2), (64, 2))},
-        width={width * k: dict(hidden_size=width * k, num_heads=heads * k) for k in (1, 2, 4)},
-        depth={depth * k: dict(depth=depth * k) for k in (1, 2, 4)})
-    for name, cases in series.items():
-        settings = [with_sizes(args, **{**args.sizes, **changed}) for changed in cases.values()]
-        rows = time_steps({f"{value:,} {name}": Ours(its, args.best, args.compile)
-                           for value, its in zip(cases, settings, strict=True)}, args)
-        for row, its in zip(rows.values(), settings, strict=True):
-            row["GFLOP"] = step_flops(its) / 1e9
-        show("ms of a training step", rows)
-        fits = [linear_regression([log(value) for value in cases], [
-            log(row[key]) for row in rows.values()]).slope for key in ("ms", "GFLOP")]
-        say(f"time ~ {name}^{fits[0]:.2f}, flops ~ {name}^{fits[1]:.2f}")
 
 
 def profile(work: Ours, path: Path) -> None:
@@ -297,15 +236,6 @@ def profile(work: Ours, path: Path) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def with_sizes(args: Namespace, **sizes) -> Namespace:
-    """args for a network of these sizes, with batches of noise."""
-    shape = max(256, args.batch_size), sizes["in_channels"], *[sizes["input_size"]] * 2
-    images = data.ImageSet(torch.randint(256, shape, dtype=torch.uint8),
-                           torch.arange(shape[0]) % 10, list("0123456789"), "noise")
-    batches = data.Batches(images.to(args.device), args.batch_size, 0, args.device)
-    return Namespace(**{**vars(args), "sizes": sizes, "batches": batches})
-
-
 def main(argv: list[str] | None = None) -> int:
     flags = parser().parse_args(argv)
     if flags.profile:
@@ -315,17 +245,18 @@ def main(argv: list[str] | None = None) -> int:
         compute.pick_compile(True, device, None, 0, 0)                  # or refuse
     preset = train_mnist.PRESETS["cpu" if device.type == "cpu" else "gpu"]
     given = {key: value for key, value in vars(flags).items() if value is not None}
-    args = Namespace(**{**train_mnist.RECIPE, **preset, "against": None, **given},
+    args = Namespace(**{**train_mnist.RECIPE, **preset, **given},
                      best=compute.pick_precision("auto", device, training=True))
-    args = with_sizes(args, **{**MODELS[args.model], "input_size": args.image_size,
-                               "in_channels": args.channels, "num_classes": 10})
+    args.sizes = dict(MODELS[args.model], input_size=args.image_size, in_channels=args.channels)
+    n, side = max(256, args.batch_size), args.image_size
+    images = data.ImageSet(torch.randint(256, (n, args.channels, side, side), dtype=torch.uint8),
+                           torch.arange(n) % 10, list("0123456789"), "noise")
+    args.batches = data.Batches(images.to(device), args.batch_size, 0, device)
     say(hardware(device), f"{args.model}, batch {args.batch_size} of {args.channels}x"
-        f"{args.image_size}x{args.image_size}, predicts {args.prediction}")
+        f"{args.image_size}x{args.image_size}, {'' if args.compile else 'not '}compiled")
     try:
         if flags.profile:
-            profile(Ours(args, args.best, args.compile), flags.profile)
-        elif flags.scaling:
-            scaling(args)
+            profile(Ours(args, args.best), flags.profile)
         else:
             works = comparisons(args)
             training(works, args)
@@ -345,15 +276,12 @@ def parser() -> Parser:
     add("--channels", type=COUNT, default=1, help="(default: 1)")
     add("--rounds", type=COUNT, default=10, help="timings of each row (default: 10)")
     add("--steps-per-round", type=COUNT, default=10, help="timed as one (default: 10)")
-    add("--compile", action="store_true", help="also time each row with torch.compile")
+    add("--compile", action="store_true", help="compile our rows with torch.compile")
     add("--busy", type=number(int, 1, 256), nargs="+", default=(), metavar="N",
         help="time training alone, and beside N processes that compute without a pause")
-    add("--against", nargs="?", const="", metavar="FILE.py:NETWORK", help="also the published loop,"
-        " with the network NETWORK(input_size=..., learn_sigma=True) of that file, which is "
-        "executed (default: that of dit.py)")
+    add("--against", action="store_true", help="also the published loop and sampler")
     add("--sample", type=number(int, 1, 1000), nargs="?", const=50, metavar="STEPS",
         help="also time guided sampling in STEPS steps (default: 50)")
-    add("--scaling", action="store_true", help="time more tokens, width and depth instead")
     add("--profile", type=Path, metavar="FILE.txt", help="write torch.profiler's table instead")
     add("--device", help="cuda, mps or cpu (default: the fastest available)")
     return p

@@ -10,7 +10,7 @@ out=$(realpath -m "${2:?usage: bash tools/gpu.sh DATA_DIR OUT_DIR}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.." && mkdir -p "$out" || exit 1
 device=(--device "${DEVICE:-cuda}") run=${RUN:-output/gpu}
 failed="" short="" quick="" lengths="2400 4000"
-against=(-m tools.benchmark "${device[@]}" --against "${AGAINST:-}" --sample 20 --rounds 6)
+against=(-m tools.benchmark "${device[@]}" --against --sample 20 --rounds 6)
 if [ -n "${STEPS:-}" ]; then
     short="--steps $STEPS --no-compile" lengths="$STEPS --seeds 1"
     quick="--batch-size 2 --rounds 1 --steps-per-round 1 --sample 2"
