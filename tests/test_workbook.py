@@ -125,6 +125,7 @@ GUIDED = """
     ("GaussianDiffusion.x0_and_eps", "return out", "prediction eps: (3, 2, 4, 4) float32, not 2 "
      "results: x0_hat, eps_hat"),
     ("GaussianDiffusion.ddim_sample", "while True:\n    yield 1, xT, xT", "eta 0: 5 results, "),
+    ("GaussianDiffusion.ddim_sample", "return 4 * [(1, xT, 2)]", "eta 0: step 1: t: int 1, not int"),
     ("GaussianDiffusion.ddim_sample", "yield xT", "eta 0: 1 results, not 4 results"),
     ("GaussianDiffusion.ddim_sample", "return xT", "eta 0: (3, 2, 4, 4) float32, not 4 results"),
 ])

@@ -55,8 +55,8 @@ def ddim(m: ModuleType) -> dict:
     def steps(eta, clip):
         made = m.GaussianDiffusion().ddim_sample(
             lambda xt, t: 2 * (xt + t / 500).sin(), xT, lambda t: xT * t / 300, clip, 4, eta)
-        if isinstance(made, Iterator):
-            made = [named(step, "t", "x_next", "x0_hat") for step in islice(made, 5)]   # no more
+        if isinstance(made, Iterator | list):                               # even if endless:
+            made = [named(step, "t", "x_next", "x0_hat") for step in islice(made, 5)]
         return named(made, "step 1", "step 2", "step 3", "step 4")
 
     xT = torch.randn(3, 2, 4, 4)
@@ -210,9 +210,10 @@ def described(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return f"{tuple(value.shape)} {value.dtype}".replace("torch.", "")
     if isinstance(value, tuple | list | dict):
-        names = ": " + ", ".join(value) if isinstance(value, dict) else ""
+        names = ": " + ", ".join(map(str, value)) if isinstance(value, dict) else ""
         return f"{len(value)} results{names}"
-    return "None (no return or yield)" if value is None else f"{type(value).__name__} {value}"
+    number = f" {value}" if isinstance(value, int | float) else ""
+    return "None (no return or yield)" if value is None else type(value).__name__ + number
 
 
 def first_difference(have: object, want: object, at: str = "") -> tuple | None:
