@@ -211,7 +211,7 @@ def described(value: object) -> str:
         return f"{tuple(value.shape)} {value.dtype}".replace("torch.", "")
     if isinstance(value, tuple | list | dict):
         names = ": " + ", ".join(map(str, value)) if isinstance(value, dict) else ""
-        return f"{len(value)} results{names}"
+        return f"{len(value)} result{'s' * (len(value) != 1)}{names}"
     number = f" {value}" if isinstance(value, int | float) else ""
     return "None (no return or yield)" if value is None else type(value).__name__ + number
 
