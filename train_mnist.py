@@ -150,8 +150,8 @@ def make_optimizers(model: nn.Module, args) -> list[torch.optim.Optimizer]:
 # ---------------------------------------------------------------- the command
 
 
-def main(argv: list[str] | None = None) -> int:
-    run = Run(argv, __doc__, RECIPE, PRESETS, CHOICES)      # the flags, and what --resume continues
+def main(argv: list[str] | None = None, run_type: type = Run) -> int:
+    run = run_type(argv, __doc__, RECIPE, PRESETS, CHOICES)     # the flags; what --resume continues
     args = run.args
     images = run.load_images()                              # (N, C, H, H), uint8, and labels
 
