@@ -236,27 +236,6 @@ def points(line) -> list:
     return [pytest.approx(point) for point in np.transpose(line.get_data()).tolist()]
 
 
-def test_sweep_sorts_the_results_into_lines(here):
-    Path("e.jsonl").write_text(
-        line(2, frechet=3) + line(1, frechet=99) + line(4, frechet=8) + line(1, frechet=5)
-        + line(2, frechet=7, recall=0.1, steps=10) + json.dumps(dict(images_from="x.npz")) + "\n"
-        + line(2, frechet=6, seed=1) + line(2, frechet=2, images=50) + line(2, data_digest="cd"))
-    panels = make("sweep", "e.jsonl").axes
-    assert [axes.get_ylabel() for axes in panels] == ["accuracy", "Frechet distance", "precision",
-                                                      "recall"]
-    curve, test = panels[1].lines
-    assert points(curve) == [(1, 5), (2, 3), (4, 8)]                # the last of two
-    assert set(test.get_ydata()) == {0.53} and curve.get_label() == "sampler ddim"
-    panels = make("sweep", "e.jsonl", "--against", "steps").axes
-    assert points(panels[1].lines[0]) == [(10, 7), (25, 3)]
-    assert points(panels[3].lines[0]) == [(10, 0.1), (25, 0.8)]
-    assert [t.get_text() for t in panels[0].get_xticklabels()] == ["10", "25"]
-    Path("f.jsonl").write_text(line(3, frechet=4, seed=1))
-    panels = make("sweep", "e.jsonl", "f.jsonl").axes               # two seeds, two lines
-    assert {c.get_label(): points(c) for c in panels[1].lines[:2]} == {
-        "seed 0": [(1, 5), (2, 3), (4, 8)], "seed 1": [(2, 6), (3, 4)]}
-
-
 def test_an_evaluation_is_read_as_evaluate_writes_it(here):
     def some(seed: int, count: int) -> evaluate.Features:
         labels = torch.arange(count) % 10
@@ -423,22 +402,18 @@ def test_files_that_are_no_evaluations(here):
     damaged = json.loads(line(2)) | dict(rows={})
     for text in ("{", "[1]", json.dumps(damaged), 100_000 * "["):
         Path("e.jsonl").write_text(line(1) + text)
-        assert "line 2" in refused("sweep", "e.jsonl")
         assert "line 2" in refused("accuracy", "a=e.jsonl")
-    for text, word in (("", "no evaluation"), (line(1), "no two"),
-                       (line(1) + line(2, images=50), "no two")):
-        Path("e.jsonl").write_text(text)
-        assert word in refused("sweep", "e.jsonl", "--out", "s.png")
+    Path("e.jsonl").write_text(json.dumps(dict(images_from="x.npz")))
+    assert "no evaluation" in refused("accuracy", "e.jsonl")
     Path("a").write_text(line(1))
     Path("b").write_text(line(1, images=50))
     assert "numbers of images" in refused("accuracy", "a=a", "b=b")
-    assert not Path("s.png").exists()
 
 
 def test_without_matplotlib_the_figures_that_need_it_say_so(train, monkeypatch):
     for name in [m for m in sys.modules if m.split(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     Path("e.jsonl").write_text(line(1) + line(2))
-    for flags in (["curves", "v"], ["sweep", "e.jsonl"], ["accuracy", "e.jsonl"], ["timesteps"]):
+    for flags in (["curves", "v"], ["accuracy", "e.jsonl"], ["timesteps"]):
         assert "pip install matplotlib" in refused(*flags, "--out", "m.png")
     assert run("forward", *GLYPHS, "--times", 5, "--out", "x.png") == 0

@@ -7,11 +7,10 @@
     python -m tools.figures previews RUN                what a run drew at several steps
     python -m tools.figures x0hat CKPT_EPS CKPT_V       each model's estimate of the clean image
     python -m tools.figures timesteps                   alpha and sigma, and the t of training
-    python -m tools.figures sweep FILE.jsonl            tools.evaluate's results against guidance
     python -m tools.figures accuracy NAME=FILE.jsonl... distance and recall against accuracy
     python -m tools.figures curves RUN...               loss or quality against steps or Gflops
 
-Each writes --out FILE.png, or a new numbered file under output/. The last four need matplotlib.
+Each writes --out FILE.png, or a new numbered file under output/. The last three need matplotlib.
 """
 
 import support.threads  # noqa: F401  (before torch)
@@ -244,10 +243,11 @@ def attention(args: Namespace) -> Image.Image:
 
 # ---------------------------------------------------------------- evaluations (matplotlib)
 
-METRICS = ("accuracy", "frechet", "precision", "recall")
-# What makes two evaluations the same measurement
-SETTINGS = ("images_from", "weights", "images", "sampler", "steps", "eta", "cfg_scale",
-            "guidance_interval", "autoguidance", "seed", "data_digest")
+METRICS = {"accuracy": "accuracy", "frechet": "Frechet distance", "precision": "precision",
+           "recall": "recall"}
+# What makes two evaluations, apart from guidance, the same measurement
+SETTINGS = ("images_from", "weights", "images", "sampler", "steps", "eta", "guidance_interval",
+            "autoguidance", "seed", "data_digest")
 ERRORS = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 5e-4, 2e-4, 1e-4)   # ticks
 
 
@@ -280,13 +280,13 @@ def read_evaluations(file: Path) -> list[dict]:
     return points
 
 
-def groups_against(x: str, points: list[dict]) -> list[list[dict]]:
-    """The points in groups that differ in the setting x alone, each in the order of x; of two that
-    do not differ at all the last."""
+def by_guidance(points: list[dict]) -> list[list[dict]]:
+    """The points in groups that differ in the guidance scale alone, in its order; of two that do
+    not differ at all the last."""
     groups: dict[str, dict] = {}
-    for point in sorted(points, key=lambda p: p[x]):
-        others = json.dumps([point.get(key) for key in SETTINGS if key != x])
-        groups.setdefault(others, {})[point[x]] = point
+    for point in sorted(points, key=lambda p: p["cfg_scale"]):
+        others = json.dumps([point.get(key) for key in SETTINGS])
+        groups.setdefault(others, {})[point["cfg_scale"]] = point
     return [list(group.values()) for group in groups.values()]
 
 
@@ -297,45 +297,6 @@ def log_ticks(axis) -> None:
              minor_locator=NullLocator())
 
 
-def metric_axis(axes, metric: str, points: list[dict]) -> None:
-    """The y axis of a metric, logarithmic for a distance, with a grid; dashed, the test set's."""
-    tests = sorted({p["test"][metric] for p in points})
-    for i, value in enumerate(tests):
-        axes.axhline(value, color="black", ls="--", lw=0.9, label=None if i else "real: test set")
-    axes.set_ylabel(metric.replace("frechet", "Frechet distance"))
-    if metric == "frechet":
-        axes.set_yscale("log")
-        log_ticks(axes.yaxis)
-    else:                                           # shares: differences below 0.03 look small
-        drawn = tests + [p["samples"][metric] for p in points]
-        axes.set_ylim(min(drawn) - 0.03, min(max(drawn) + 0.03, 1.005))
-    axes.grid(alpha=0.3, which="both")
-
-
-def sweep(args: Namespace):
-    """A panel for each metric, a line for all evaluations that differ in --against alone."""
-    x = {"guidance": "cfg_scale", "steps": "steps"}[args.against]
-    points = [point for file in args.files for point in read_evaluations(Path(file))]
-    groups = [group for group in groups_against(x, points) if len(group) > 1]
-    if not groups:
-        raise UserError(f"no two evaluations differ in {args.against} alone")
-    varied = [k for k in SETTINGS if k != x and len({str(group[0].get(k)) for group in groups}) > 1
-              ] or ["sampler"]
-    figure = new_figure(figsize=(13, 3.5))
-    for metric, axes in zip(METRICS, figure.subplots(1, len(METRICS)), strict=True):
-        for group in groups:
-            axes.plot([p[x] for p in group], [p["samples"][metric] for p in group], marker="o",
-                      ms=4, label=", ".join(f"{k} {group[0].get(k)}" for k in varied))
-        metric_axis(axes, metric, sum(groups, []))
-        axes.set_xlabel(args.against)
-        if x == "steps":
-            axes.set_xscale("log")
-            axes.set_xticks(ticks := sorted({p[x] for p in sum(groups, [])}), map(str, ticks))
-            axes.set_xticks([], minor=True)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=8)
-    return figure
-
-
 def accuracy(args: Namespace):
     """Frechet distance and recall against accuracy, which guidance varies: a curve for each name,
     the mean of its runs, each of which is a thin line."""
@@ -344,23 +305,31 @@ def accuracy(args: Namespace):
         name, _, file = text.rpartition("=")
         name = name or Path(file).resolve().parent.name
         runs.setdefault(name, []).append(
-            max(groups_against("cfg_scale", read_evaluations(Path(file))), key=len))
+            max(by_guidance(read_evaluations(Path(file))), key=len))
     points = [p for curves in runs.values() for curve in curves for p in curve]
-    images, *others = {p["images"] for p in points}
-    if others:
+    if len({p["images"] for p in points}) > 1:
         raise UserError("these runs were evaluated with different numbers of images")
-    low, high = 1.1 * max(0.1, *(p["error"] for p in points)), 0.5 / images
-    ticks = {e: f"{100 * (1 - e):g}%" for e in ERRORS if low > e > 1.5 * high} | {high: "100%"}
+    none, errors = 0.5 / points[0]["images"], [p["error"] for p in points]
+    low, high = 1.2 * max(errors), 0.8 * min(errors)
+    ticks = {e: f"{100 * (1 - e):g}%" for e in ERRORS if low > e > max(high, 1.5 * none)}
+    ticks |= {none: "100%"} if high < none else {}
     for metric, axes in zip(("frechet", "recall"), figure.subplots(1, 2), strict=True):
         axes.set_prop_cycle(color=COLOURS, marker=MARKERS)
         axes.margins(y=0.1)
         for i, (name, curves) in enumerate(runs.items()):
             place = dict(xytext=(4, 5)) if i % 2 else dict(xytext=(-4, -12), ha="right")
             draw_runs(axes, name, curves, metric, place)
-        metric_axis(axes, metric, points)
-        axes.set(xscale="log", xlim=(low, 0.8 * high), xlabel="accuracy")
+        for i, value in enumerate(sorted({p["test"][metric] for p in points})):
+            axes.axhline(value, color="black", ls="--", lw=0.9,
+                         label=None if i else "real: test set")
+        axes.set(xscale="log", xlim=(low, high), xlabel="accuracy",
+                 ylabel=METRICS[metric])
         axes.set_xticks(list(ticks), ticks.values(), fontsize=9)
         axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.3)
+        if metric == "frechet":
+            axes.set_yscale("log")
+            log_ticks(axes.yaxis)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center",
                   ncols=len(runs) + 1)
     return figure
@@ -376,8 +345,7 @@ def draw_runs(axes, name: str, curves: list[list[dict]], metric: str, place: dic
                       label=name + f" ({len(runs)} runs)" * (len(runs) > 1))
     for scale, point in mean.items():
         axes.annotate(f"{scale:g}", point, color=line.get_color(), fontsize=9, zorder=1.5,
-                      textcoords="offset points", **place,
-                      bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=0.3))
+                      textcoords="offset points", **place)
     for run in runs if runs[1:] else ():
         axes.plot(*np.transpose(list(run.values())), lw=0.7, marker="", zorder=1,
                   color=line.get_color())
@@ -431,7 +399,7 @@ def curves(args: Namespace):
     figure, lines = new_figure(figsize=(8, 5)), {}              # label -> model, x -> values of y
     axes, measured = figure.subplots(), args.y in METRICS
     axes.set(xscale="log", yscale="log", xlabel=AXES[args.x],
-             ylabel=args.y.replace("frechet", "Frechet distance"))
+             ylabel=METRICS.get(args.y, args.y))
     for folder in map(Path, args.runs or [checkpoints.newest_run() or command.OUTPUT]):
         model, patch, points = run_points(folder, args)
         label = dict(steps=short(folder), forward=patch).get(args.x, model)
@@ -475,7 +443,7 @@ def run_points(folder: Path, args: Namespace) -> tuple[str, str, list[tuple[floa
         return *names, [*zip(steps * per_step, means, strict=True)] if per_step else [
             (gflops, np.mean([row[args.y] for row in rows[-100:] if args.y in row]))]
     points, evaluations = [], read_evaluations(folder / "evaluations.jsonl")
-    for group in groups_against("cfg_scale", evaluations):
+    for group in by_guidance(evaluations):
         found = [p for p in group if p["cfg_scale"] == args.cfg_scale or args.cfg_scale is None
                  and p["samples"]["accuracy"] >= RIGHT]
         best = min(found, key=lambda p: p["samples"]["frechet"], default=None)
@@ -556,9 +524,6 @@ def parser() -> Parser:
     add(previews, ("run", None, "RUN", "a run folder")).add_argument(
         "--steps", type=COUNT, nargs="+", default=[100, 300, 500, 1000, 4000], metavar="N",
         help="(default: 100 300 500 1000 4000, with --preview-every 100)")
-    sub = add(sweep, ("files", "+", "FILE.jsonl", lines))
-    sub.add_argument("--against", choices=("guidance", "steps"), default="guidance",
-                     help="default: guidance")
     add(accuracy, ("runs", "+", "NAME=FILE.jsonl", lines + " and the name of its curve; runs of "
                    "one name are seeds of it"))
     add(timesteps)
