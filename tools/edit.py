@@ -1,14 +1,14 @@
 """Edit with a trained model: fill a masked part of a picture, or pass between two noises or labels.
 
     python -m tools.edit inpaint --test-image 18 --rectangle 8 8 20 20
-    python -m tools.edit inpaint CKPT --image scan.jpg --invert --label 7 --mask mask.png
-    python -m tools.edit noises --label 3 --seeds 0 1
+    python -m tools.edit inpaint CKPT --image scan.jpg --invert --labels 7 --mask mask.png
+    python -m tools.edit noises --labels 3 --seeds 0 1
     python -m tools.edit labels --labels 3 8
 
-Each writes a strip, --out FILE.png (default: a new file under output/), and an animation beside it,
-FILE.gif. A picture of any size and mode is converted: turned upright, transparent parts on white,
-resized and cropped at the centre, to grey by luma where the model is grey. Digits of MNIST are
-bright on black: --invert for ink on paper.
+Each writes a strip, --out FILE.png (default: a new file under output/). A picture of any size and
+mode is converted: turned upright, transparent parts on white, resized and cropped at the centre, to
+grey by luma where the model is grey. Digits of MNIST are bright on black: --invert for ink on
+paper.
 """
 
 import support.threads  # noqa: F401  (before torch)
@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from sample import Checkpoint, label_of, load, sample, sampling_options
 from support import data
 from support.command import (
-    OUTPUT, SEED, Parser, UserError, atomic_write, check_target, next_free, number, run_command,
-    say, short)
+    OUTPUT, SEED, Parser, UserError, check_target, next_free, number, run_command, say, short)
 from support.compute import image_noise
 from support.flags import add_sampling_flags
-from support.pictures import FrameRecorder, animation, grid, save_picture
+from support.pictures import grid, save_picture
 
 # ---------------------------------------------------------------- inpaint
 
@@ -52,16 +51,15 @@ def inpainting(guidance: Callable, process, x0: Tensor, known: Tensor) -> Callab
     return guide
 
 
-def inpaint(args: Namespace, checkpoint: Checkpoint, options: dict) -> tuple[Tensor, list[Tensor]]:
+def inpaint(args: Namespace, checkpoint: Checkpoint, options: dict) -> Tensor:
     """The picture, the picture with its masked part in grey, and --images ways to fill it."""
     x0, label = picture_of(args, checkpoint)
     known = ~mask_of(args, x0.shape[-1]).to(x0.device)
     if args.eta is None and (args.sampler or checkpoint.sampling["sampler"]) == "ddim":
         options["eta"] = 1.0                # new noise lets the rest adapt to the known part
     options["guidance"] = inpainting(options["guidance"], checkpoint.diffusion, x0, known)
-    y, recorder = torch.full((args.images,), label), FrameRecorder()
-    filled = torch.cat(list(sample(checkpoint, y, seed=args.seed, watch=recorder, **options)))
-    return torch.cat([x0[None], torch.where(known, x0, 0)[None], filled]), recorder.frames()
+    filled = sample(checkpoint, torch.full((args.images,), label), seed=args.seeds[0], **options)
+    return torch.cat([x0[None], torch.where(known, x0, 0)[None], *filled])
 
 
 def picture_of(args: Namespace, checkpoint: Checkpoint) -> tuple[Tensor, int]:
@@ -82,7 +80,7 @@ def picture_of(args: Namespace, checkpoint: Checkpoint) -> tuple[Tensor, int]:
     if model.in_channels == 1:
         pixels = np.asarray(Image.fromarray(pixels.transpose(1, 2, 0)).convert("L"))[None]
     x0 = torch.tensor(pixels).to(next(model.parameters()).device).float() / 127.5 - 1
-    return -x0 if args.invert else x0, label if args.label is None else label_of(args.label, names)
+    return -x0 if args.invert else x0, label_of(args.labels[0], names) if args.labels else label
 
 
 def mask_of(args: Namespace, side: int) -> Tensor:
@@ -101,14 +99,19 @@ def mask_of(args: Namespace, side: int) -> Tensor:
 # ---------------------------------------------------------------- between two noises or labels
 
 
-def noises(args: Namespace, checkpoint: Checkpoint, options: dict) -> tuple[Tensor, list[Tensor]]:
+def noises(args: Namespace, checkpoint: Checkpoint, options: dict) -> Tensor:
     """Samples of one class, from noises between those of two seeds."""
-    if args.label is None:
-        raise UserError("noises needs a class: --label LABEL")
-    y = torch.full((args.frames,), label_of(args.label, checkpoint.class_names))
+    label, = labels_of(args, checkpoint, 1)
     first, last = (first_noise(checkpoint, seed, "T") for seed in args.seeds)
-    weights = torch.linspace(0, 1, args.frames).view(-1, 1, 1, 1)
-    return pass_between(checkpoint, y, slerp(first, last, weights), args.seeds[0], options)
+    weights = torch.linspace(0, 1, args.images).view(-1, 1, 1, 1)
+    return pass_between(checkpoint, torch.full((args.images,), label),
+                        slerp(first, last, weights), args.seeds[0], options)
+
+
+def labels_of(args: Namespace, checkpoint: Checkpoint, count: int) -> list[int]:
+    if len(args.labels or ()) != count:
+        raise UserError(f"{args.operation} needs --labels with {count} class{'es' * (count > 1)}")
+    return [label_of(text, checkpoint.class_names) for text in args.labels]
 
 
 def slerp(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
@@ -118,20 +121,19 @@ def slerp(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
     return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
 
 
-def labels(args: Namespace, checkpoint: Checkpoint, options: dict) -> tuple[Tensor, list[Tensor]]:
+def labels(args: Namespace, checkpoint: Checkpoint, options: dict) -> Tensor:
     """Samples from one noise, of classes between two: their embeddings are mixed."""
-    if args.labels is None or args.autoguidance is not None:
-        raise UserError("labels needs two classes, --labels A B, and no --autoguidance: its "
-                        "model has none in between")
+    if args.autoguidance is not None:
+        raise UserError("labels: the model of --autoguidance has no classes in between")
     embedder = checkpoint.model.y_embedder
     table = embedder.embedding_table.weight
-    first, last = (table[label_of(text, checkpoint.class_names)] for text in args.labels)
-    weights = torch.linspace(0, 1, args.frames, device=table.device).view(-1, 1)
+    first, last = (table[label] for label in labels_of(args, checkpoint, 2))
+    weights = torch.linspace(0, 1, args.images, device=table.device).view(-1, 1)
     rows = torch.cat([table, torch.lerp(first, last, weights)]).detach()
     embedder.embedding_table = nn.Embedding.from_pretrained(rows)
-    y = len(table) + torch.arange(args.frames)                  # the new rows
-    xT = first_noise(checkpoint, args.seed, "T").expand(args.frames, -1, -1, -1)
-    return pass_between(checkpoint, y, xT, args.seed, options)
+    y = len(table) + torch.arange(args.images)                  # the new rows
+    xT = first_noise(checkpoint, args.seeds[0], "T").expand(args.images, -1, -1, -1)
+    return pass_between(checkpoint, y, xT, args.seeds[0], options)
 
 
 def first_noise(checkpoint: Checkpoint, seed: int, t: int | str) -> Tensor:
@@ -140,16 +142,14 @@ def first_noise(checkpoint: Checkpoint, seed: int, t: int | str) -> Tensor:
     return image_noise(seed, t, 0, 1, (model.in_channels, model.input_size, model.input_size))
 
 
-def pass_between(checkpoint: Checkpoint, y: Tensor, xT: Tensor, seed: int, options: dict
-                 ) -> tuple[Tensor, list[Tensor]]:
-    """Samples for the labels y (N,) from the noises xT (N, C, H, H), and the frames of an
-    animation, there and back. What a sampler adds later is the same for all."""
+def pass_between(checkpoint: Checkpoint, y: Tensor, xT: Tensor, seed: int, options: dict) -> Tensor:
+    """Samples for the labels y (N,) from the noises xT (N, C, H, H). What a sampler adds later is
+    the same for all."""
     def noise(t: int | str, low: int, high: int) -> Tensor:
         same = first_noise(checkpoint, seed, t).expand(high - low, -1, -1, -1)
         return xT[low:high] if t == "T" else same
 
-    images = torch.cat(list(sample(checkpoint, y, noise=noise, **options)))
-    return images, [image[None] for image in (*images, *images[:-1].flip(0))]
+    return torch.cat(list(sample(checkpoint, y, noise=noise, **options)))
 
 
 # ---------------------------------------------------------------- the command
@@ -159,16 +159,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     out = args.out or next_free(OUTPUT, args.operation, ".png")
     check_target(out, args.force, ".png")
-    check_target(out.with_suffix(".gif"), args.force)
     checkpoint = load(args.checkpoint, args.device, args.weights)
     if checkpoint.model.in_channels not in (1, 3):
         raise UserError(f"{short(checkpoint.path)} makes latents, not pictures")
     edit = dict(inpaint=inpaint, noises=noises, labels=labels)[args.operation]
-    images, frames = edit(args, checkpoint, sampling_options(args, checkpoint))
-    save_picture(out, grid(images, min(16, len(images)), args.scale))
-    gif = animation([grid(frame, min(16, len(frame)), args.scale) for frame in frames])
-    atomic_write(out.with_suffix(".gif"), lambda file: file.write(gif))
-    say(f"written: {short(out)}, {short(out.with_suffix('.gif'))}")
+    images = edit(args, checkpoint, sampling_options(args, checkpoint))
+    save_picture(out, grid(images, min(16, len(images))))
+    say(f"written: {short(out)}")
     return 0
 
 
@@ -186,17 +183,14 @@ def parser() -> Parser:
     add("--rectangle", type=whole, nargs=4, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
         help="the masked part, in the model's pixels; RIGHT and BOTTOM are outside")
     add("--mask", type=Path, metavar="FILE", help="the masked part is white in this picture")
-    add("--images", type=number(int, 1, 100), default=6, help="ways to fill it (default: 6)")
-    add("--label", metavar="LABEL", help="inpaint, noises: the class (default: that of the test "
-        'image; of a file "no class")')
-    add("--labels", nargs=2, metavar=("A", "B"), help="labels: the two classes")
-    add("--seeds", type=SEED, nargs=2, default=[0, 1], metavar=("A", "B"), help="noises: (0 1)")
-    add("--seed", type=SEED, default=0, help="inpaint, labels: of the noise (default: 0)")
-    add("--frames", type=number(int, 3, 100), default=12, metavar="N", help="noises, labels: "
-        "images from one to the other, with both (default: 12)")
+    add("--labels", nargs="+", metavar="LABEL", help="the class, for labels both (default for "
+        'inpaint: that of the test image; of a file "no class")')
+    add("--seeds", type=SEED, nargs=2, default=[0, 1], metavar=("A", "B"), help="of the noises; "
+        "inpaint and labels use the first (default: 0 1)")
+    add("--images", type=number(int, 3, 100), default=6, metavar="N", help="ways to fill the mask, "
+        "or images from one end to the other (default: 6)")
     add("--out", type=Path, metavar="FILE.png", help="(default: a new file under output/)")
-    add("--scale", type=number(int, 1, 64), metavar="N", help="enlarge each pixel to N x N")
-    add("--force", action="store_true", help="overwrite existing files")
+    add("--force", action="store_true", help="overwrite an existing file")
     add_sampling_flags(p)
     return p
 
