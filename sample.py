@@ -28,7 +28,7 @@ from dit import DiT
 from support import checkpoint as checkpoints, compute, pictures
 from support.command import OUTPUT, UserError, next_free, run_command, say, short
 from support.data import to_uint8
-from support.flags import check_outputs, sample_parser
+from support.flags import check_options, check_outputs, sample_parser
 from support.replay import Replayed
 from support.registry import GUIDANCE, NETWORKS, PROCESSES, SAMPLERS
 
@@ -111,6 +111,7 @@ def generate(checkpoint: Checkpoint, labels: Sequence[int | str], **options) -> 
     """
     if len(labels) == 0:
         raise UserError("no labels: name at least one class")
+    check_options(options)
     labels = labels.tolist() if hasattr(labels, "tolist") else labels       # tensors, arrays
     y = torch.tensor([label_of(label, checkpoint.class_names) for label in labels])
     return torch.cat(list(sample(checkpoint, y, **options))).as_subclass(pictures.Images)

@@ -61,9 +61,11 @@ def reason(error: BaseException) -> str:
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's main and exit. What the user can change is one line, a bug a traceback."""
-    for stream in (sys.stdout, sys.stderr):     # a terminal that is not UTF-8: escape the rest
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                          # closed
+            setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")       # what its encoding lacks
     try:
         if {"RANK", "WORLD_SIZE"} & os.environ.keys() and "MASTER_ADDR" not in os.environ:
             raise UserError("RANK or WORLD_SIZE is set, but not by torchrun: unset both")

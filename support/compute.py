@@ -3,10 +3,8 @@ under torchrun; and random numbers that depend on none of these."""
 
 import contextlib
 import hashlib
-import importlib.util
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Callable
 
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from support.command import UserError
+from support.command import UserError, say, warn
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -96,7 +94,6 @@ def prepare(model: nn.Module, device: torch.device, precision: str, compiled: bo
     gradients over the processes. Its parameters are those of `model`, in their order."""
     net = Autocast(model, device, precision)
     if compiled:
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "no GPU found"
         # On a GPU the block, once for all blocks: a third of the time, nearly the same speed
         for part in getattr(model, "blocks", [net]) if device.type == "cuda" else [net]:
             part.compile()
@@ -111,21 +108,29 @@ def prepare(model: nn.Module, device: torch.device, precision: str, compiled: bo
 
 def pick_compile(wanted: bool | None, device: torch.device, model: nn.Module, batch_size: int,
                  steps: int) -> bool:
-    """--compile or --no-compile; by default where a compiler is found and the run is long enough
-    for the faster steps to make up for the time that compiling takes. Raises UserError."""
-    missing = {"cpu": not any(map(shutil.which, ("g++", "c++", "clang++", "cl"))),
-               "cuda": importlib.util.find_spec("triton") is None}.get(device.type, True)
-    if wanted and missing:
-        raise UserError("--compile needs a C++ compiler (g++ or clang++) on a CPU, the package "
-                        "triton on a GPU")
+    """--compile or --no-compile; by default where the run is long enough for the faster steps to
+    make up for the time that compiling takes. A small function is tried first: where it cannot be
+    compiled, a warning says why, or a UserError if --compile was given."""
     if wanted is None:
-        # nobody asked for it: where the compiler fails, training continues without
-        torch._dynamo.config.suppress_errors = True
         seconds, constant, share = COMPILING.get(device.type, (0, 0, 0))
         tokens = getattr(model, "pos_embed", torch.empty(0)).numel()            # N x D
         activations = batch_size * tokens * len(getattr(model, "blocks", ()))
-        return not missing and steps * (constant + share * activations) > seconds
-    return wanted
+        worth = steps * (constant + share * activations) > seconds
+    if not (worth if wanted is None else wanted):
+        return False
+    say("compiling: the first step takes up to a minute")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)      # "no GPU found"
+    try:
+        torch.compile(lambda x: x.relu() + 1)(torch.ones(9, device=device))
+    except Exception as error:              # of the C++ compiler, of triton ...
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        why = next(filter(None, (line.partition("error: ")[2] for line in lines)), lines[0])
+        if wanted:
+            raise UserError(f"--compile cannot be used here: {why}") from None
+        warn(f"not compiled, which is slower: {why}")
+        return False
+    torch._dynamo.config.suppress_errors = wanted is None       # what fails now runs uncompiled
+    return True
 
 
 def set_learning_rates(optimizers: list, factor: float) -> None:

@@ -70,7 +70,9 @@ def side_by_side(pages: list[Image.Image], gap: int = 12) -> Image.Image:
 
 def animation(pages: list[Image.Image], milliseconds: int = 120) -> bytes:
     """A GIF of the pages, the last of which stays for two seconds. Noise compresses badly, hence
-    16 colours for grey pages and 128 for colour."""
+    16 colours for grey pages and 128 for colour. No GIF is larger than 65,535 pixels."""
+    for page in pages:
+        page.thumbnail((65_535, 65_535))
     grey = pages[-1].convert("HSV").getchannel("S").getextrema() == (0, 0)
     pages = [page.quantize(16 if grey else 128, dither=Image.Dither.NONE) for page in pages]
     out = io.BytesIO()

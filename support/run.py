@@ -92,7 +92,13 @@ class Run:
         found = []
 
         def load() -> dict:
-            images = data.load_or_glyphs(args.dataset, args.data_dir, args.image_size, named)
+            try:
+                images = data.load_or_glyphs(args.dataset, args.data_dir, args.image_size, named)
+            except UserError as error:
+                if not self.resumed or "dataset" in self.given:
+                    raise
+                raise UserError(f"{error} (the run's --dataset {args.dataset}: name it again if it "
+                                f"is in another place now)") from None
             found.append(images)
             return dict(dataset=images.name, images=len(images.images), image_size=images.size,
                         channels=images.channels, digest=images.digest())
@@ -104,10 +110,13 @@ class Run:
         if self.about_data != about:
             raise UserError(f"process {RANK} has other data than process 0: {self.about_data} "
                             f"here, {about} there")
-        recorded = {**self.resumed["config"]["data"], "dataset": about["dataset"]} \
-            if self.resumed else about
-        if recorded != about:
-            raise UserError(f"the data set is not the run's: {about} here, {recorded} there")
+        here = {"classes": found[0].class_names, **about}
+        there = {"classes": self.resumed["class_names"], **self.resumed["config"]["data"]} \
+            if self.resumed else here
+        if any(here[key] != there.get(key) for key in here.keys() - {"dataset"}):
+            raise UserError("the data set is not the run's: " + "; ".join(
+                f"{key} {here[key]} here, {there.get(key)} in the run" for key in here
+                if key == "dataset" or here[key] != there.get(key)))
         return found[0]
 
     def load_initial(self, model: torch.nn.Module, class_names: list[str], same: Callable) -> None:
@@ -144,8 +153,7 @@ class Run:
             f"{WORLD} process{'es' * (WORLD > 1)}: steps {self.start:,} to {self.stop:,} of "
             f"{args.steps:,}, batch {args.batch_size}, predicts {args.prediction}, "
             f"weighting {args.weighting}, {args.optimizer}",
-            f"run folder: {short(self.folder)}",
-            *["compiling: the first step takes up to a minute"] * self.compiled)
+            f"run folder: {short(self.folder)}")
 
     def open_folder(self) -> Path:
         folder = self.folder
@@ -337,16 +345,18 @@ class Run:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Ctrl-C, SIGTERM and SIGHUP ask for a stop after the step; a second Ctrl-C stops at once.
-        torchrun forwards its own signals, so under it a SIGINT within a second is no second one."""
+        """Ctrl-C, SIGTERM and SIGHUP ask for a stop after the step; a second Ctrl-C stops at once,
+        as does the first one before the first step, which compiles, is done. torchrun forwards its
+        own signals, so under it a SIGINT within a second is no second one."""
         since = 0.0
 
         def handle(signum: int, frame) -> None:
             nonlocal since
             forwarded = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - since < 1
-            if self.signal and signum == signal.SIGINT and not forwarded:
+            if self.signal and signum == signal.SIGINT and not forwarded or (
+                    self.compiled and self.done == self.start):
                 os.write(2, b"\nstopped at once; the last checkpoint is kept\n")
-                os._exit(130)
+                os._exit(128 + signum)
             if not self.signal:
                 self.signal, since = signum, time.monotonic()
                 os.write(2, b"\nstopping after this step, with a checkpoint\n")

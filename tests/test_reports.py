@@ -1,11 +1,13 @@
 """What happened to other people: public bug reports of small diffusion trainers, replayed."""
 
 import errno
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, command
-from sample import label_of
-from support import checkpoint, command as command_module, data
+import sample
+import train_mnist
+from conftest import ALONE, FAST, ROOT, command, refused
+from sample import generate, label_of, load
+from support import checkpoint, command as command_module, compute, data
 from support.command import UserError, atomic_write
 
 WORDS = ["eight", "five", "four", "nine", "one", "seven", "six", "three", "two", "zero"]
@@ -195,3 +199,172 @@ def test_variables_left_over_from_torchrun_are_named(here):
     done = subprocess.run([sys.executable, ROOT / "sample.py"], cwd=here, env=environment,
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "not by torchrun" in done.stderr
+
+
+# ---------------------------------------------------------------- what a compiler may do
+
+
+@pytest.mark.parametrize("flag", [(), ("--compile",)])
+def test_a_compiler_that_cannot_build_is_one_line_and_the_banner_says_what_runs(
+        train, monkeypatch, capsys, flag):
+    def fails(x):
+        raise RuntimeError("C++ compile error\n\nx.cpp:26:10: fatal error: Python.h: No such file")
+
+    monkeypatch.setattr(torch, "compile", lambda function: fails)
+    monkeypatch.setitem(compute.COMPILING, "cpu", (0, 1, 0))        # worth it for any run
+    if flag:
+        assert "--compile cannot be used here: Python.h: No such file" in refused(
+            train_mnist.main, *FAST, "--steps", 2, *flag)
+        return
+    assert train("--steps", 2, "--out", "run") == 0
+    out, err = capsys.readouterr()
+    assert "cpu, fp32, not compiled" in out or "cpu, bf16, not compiled" in out
+    assert err.count("warning: ") == 1 and "which is slower: Python.h: No such file\n" in err
+
+
+def test_ctrl_c_while_compiling_stops_at_once(here):
+    """SIGINT in the first step of a compiled run: what compiles does not come to an end."""
+    (here / "hangs.py").write_text("""import sys, time, torch, conftest, train_mnist
+from support import compute, data
+from support.command import run_command
+data.draw_glyphs = conftest.few_glyphs
+compute.pick_compile = lambda *args: True
+def hang(self):
+    self.forward = lambda *args: [print("hanging", flush=True), time.sleep(300)]
+torch.nn.Module.compile = hang
+run_command(lambda: train_mnist.main(sys.argv[1:]))""")
+    process = subprocess.Popen(
+        [sys.executable, "hangs.py", *FAST[:2], "--out", "run", "--device", "cpu"], text=True,
+        env={**os.environ, **ALONE, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in process.stdout:
+        if "hanging" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=20)[1]
+    assert process.returncode == 130 and "stopped at once; the last checkpoint is kept" in err
+    assert checkpoint.checkpoints_in(here / "run") == [here / "run" / "step_0000000.pt"]
+
+
+# ---------------------------------------------------------------- terminals, values, threads
+
+
+def test_what_an_encoding_lacks_is_escaped_everywhere(here):
+    """Help, progress bars, standard output and standard error; the work is done."""
+    own_images(here / "m\u00e4use", "\u00e9t\u00e9/a.png", "\u00e9t\u00e9/b.png")
+    (here / "all.py").write_text("""import sample, train_mnist
+from support.command import run_command
+for main, argv in ((train_mnist.main, ["--help"]),
+                   (train_mnist.main, ["--dataset", "folder:m\u00e4use", "--image-size", "28",
+                                       "--out", "\u65e5", "--steps", "1", "--batch-size", "2"]),
+                   (sample.main, ["\u65e5", "--labels", "\u00e9t\u00e9", "--steps", "1", "--out",
+                                  "\u5199.png"])):
+    try:
+        run_command(lambda: main(argv))
+    except SystemExit as end:
+        assert not end.code""", encoding="utf-8")
+    done = subprocess.run([sys.executable, "all.py"], cwd=here, text=True, timeout=300, env={
+        **os.environ, **ALONE, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii",
+        "PYTHONUTF8": "0"}, capture_output=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    for text in ("--label-dropout", "\\xe9t\\xe9 2", "folder:m\\xe4use", "run folder: \\u65e5",
+                 "classes, in this order: \\xe9t\\xe9", "written: \\u5199.png"):
+        assert text in done.stdout
+    assert (here / "\u5199.png").exists()
+
+
+@pytest.mark.parametrize("closed", [{"stdout"}, {"stderr"}, {"stdout", "stderr"}])
+def test_closed_standard_streams_are_no_error(here, checkpoint, monkeypatch, closed):
+    for name in closed:                                 # as Python has them after `>&-`
+        monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as end:
+        command_module.run_command(lambda: sample.main([
+            str(checkpoint), "--labels", "3", "--steps", "1", "--out", "x.png"]))
+    assert end.value.code == 0 and Image.open(here / "x.png").size
+
+
+@pytest.mark.parametrize("options, says", [
+    (dict(cfg_scale=float("nan")), "cfg_scale"), (dict(seed=1.5), "seed"), (dict(seed=-1), "seed"),
+    (dict(batch_size=0), "batch_size"), (dict(steps=2.5), "steps"),
+    (dict(eta=float("nan")), "eta"), (dict(precision="half"), "precision")])
+def test_generate_refuses_what_the_flags_refuse(checkpoint, options, says):
+    with pytest.raises(UserError, match=f"^{says}: "):
+        generate(load(checkpoint), [3], **options)
+    good = dict(cfg_scale=np.float32(2), seed=np.int64(3), batch_size=1, steps=1, eta=0)
+    assert generate(load(checkpoint), [3, 3], **good).shape == (2, 1, 28, 28)
+
+
+def test_training_and_sampling_in_a_thread(train, checkpoint):
+    """A web server, a notebook's executor: signals belong to the main thread."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train, "--steps", 2, "--out", "new").result() == 0
+        assert pool.submit(generate, load(checkpoint), [3]).result().shape == (1, 1, 28, 28)
+
+
+@pytest.mark.parametrize("spec", ["folder:", "latents:"])
+def test_a_data_set_without_a_path_is_not_the_current_folder(here, spec):
+    own_images(here, "cat/a.png")
+    with pytest.raises(UserError, match="unknown"):
+        data.load(spec)
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_a_full_disk_is_named(here):
+    """torch.save says "[enforce fail at inline_container.cc ...] unexpected pos 704 vs 598"."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))       # what a full disk is like
+    try:
+        with pytest.raises(OSError) as caught:
+            checkpoint.save(here / "x.pt", {"x": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert command_module.reason(caught.value) == os.strerror(errno.ENOSPC)
+    assert not list(here.iterdir())
+
+
+def test_pngs_have_the_index_and_the_letters_of_their_class(train, here):
+    """Names in which nothing but ASCII was kept: two classes shared one."""
+    for name in ("\u5199\u771f", "\u7d75\u753b", "a + b"):
+        own_images(here / "own", f"{name}/1.png", f"{name}/2.png")
+    assert train("--dataset", "folder:own", "--image-size", 28, "--steps", 1, "--out", "run") == 0
+    assert sample.main(["run", "--per-class", "1", "--png-dir", "out"]) == 0
+    assert sorted(p.name for p in (here / "out").iterdir()) == [
+        "00000-00-a-b.png", "00001-01-\u5199\u771f.png", "00002-02-\u7d75\u753b.png"]
+
+
+def test_a_gif_of_a_grid_wider_than_a_gif_can_be(here, checkpoint):
+    assert sample.main([str(checkpoint), "--labels", "3", "--per-class", "2200", "--steps", "1",
+                        "--scale", "1", "--gif", "x.gif", "--batch-size", "2200"]) == 0
+    assert Image.open("x.gif").width == 65_535 < 2200 * (28 + 2)
+
+
+# ---------------------------------------------------------------- another data set at resume
+
+
+def test_what_differs_at_resume_is_named(train, here, monkeypatch):
+    own = own_images(here / "own", "cat/1.png", "dog/2.png", "dog/3.png")
+    assert train("--dataset", "folder:own", "--image-size", 28, "--steps", 1, "--out", "run") == 0
+
+    def resume(*flags) -> str:
+        gc.collect()                                    # the lock of the one refused before
+        return refused(train_mnist.main, "--resume", "--out", here / "run", "--steps", 2, *flags)
+
+    (own / "dog").rename(own / "hound")
+    line = resume()
+    assert "classes ['cat', 'hound'] here, ['cat', 'dog'] in the run" in line and "digest" in line
+    assert "images" not in line and "dataset folder:own here, folder:own in the run" in line
+    own_images(here / "other", "cat/1.png", "dog/2.png")
+    line = resume("--dataset", "folder:other")
+    assert "dataset folder:other here, folder:own in the run" in line
+    assert "images 2 here, 3 in the run" in line and "classes" not in line
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    line = resume()
+    assert "own is not a folder" in line and "(the run's --dataset folder:own: name it" in line
+    (own / "hound").rename(own / "dog")
+    gc.collect()
+    assert train("--resume", "--out", here / "run", "--steps", 2, "--dataset",
+                 f"folder:{own}") == 0
