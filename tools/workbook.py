@@ -182,6 +182,7 @@ def write(folder: Path) -> int:
         (folder / file).write_text(blanked(source, names))
         say(f"{short(folder / file)}: to be written: {', '.join(names)}")
     (folder / "train.py").write_text(TRAIN.format(root=str(ROOT)))
+    say(f"then: python -m tools.workbook {short(folder)} --check")
     return 0
 
 
@@ -285,7 +286,8 @@ def check(folder: Path) -> int:
             right += text == "right"
             say(f"{file:12}  {blank.name:29}  {text}")
     done = right == len(BLANKS)
-    say(f"{right} of {len(BLANKS)} right" + f": python {short(folder)}/train.py trains them" * done)
+    then = f": python {short(folder)}/train.py trains with them"
+    say(f"{right} of {len(BLANKS)} right{then * done}")
     return 0 if done else 1
 
 
