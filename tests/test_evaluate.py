@@ -97,8 +97,8 @@ def test_the_first_images_are_class_balanced():
         assert labels[order[:n]].bincount().tolist() == counts
 
 
-def test_a_row_and_the_two_baselines(capsys):
-    """Accuracy, grain and nearest by hand; the training set's two parts do not overlap."""
+def test_a_row_and_the_baseline(capsys):
+    """Accuracy, grain and nearest by hand."""
     def made(seed: int, count: int) -> evaluate.Features:
         rng = torch.Generator().manual_seed(seed)
         labels = torch.arange(count) % 2
@@ -109,13 +109,12 @@ def test_a_row_and_the_two_baselines(capsys):
     x.images[:] = torch.tensor([7, 8, 24, 25], dtype=torch.uint8)
     x.features[:] *= 0.05                           # all in the middle: no variety
     rows = evaluate.report(x, train, test, 0, CPU)
-    assert [row["images"] for row in rows.values()] == [40, 30, 35]
+    assert [row["images"] for row in rows.values()] == [40, 30]
     assert rows["samples"]["accuracy"] == 0.75 and rows["samples"]["grain"] == 0.5
     assert rows["samples"]["recall"] < 0.2 < 0.8 < rows["samples"]["precision"]
     near = nearest_by_loops(test.images, train.images)
     assert rows["test"]["nearest"] == pytest.approx(np.quantile(near, 0.5))
     assert rows["test"]["nearest_q01"] == pytest.approx(np.quantile(near, 0.01))
-    assert rows["train"]["nearest_q01"] > 0.5       # 0 if an image were in both parts
     line = next(s for s in capsys.readouterr().out.splitlines() if s.startswith("samples"))
     assert line.split()[:3] == ["samples", "40", "75.00%"] and line.endswith(" 50.0%")
 
@@ -216,7 +215,7 @@ def test_a_ruler_is_trained_once_and_its_features_are_not_anothers(world, tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), again.parameters(),
                                                  strict=True))
     original = ruler.read_bytes()
-    torch.save(dict(about=about | {k: known[k] for k in ("seed", "steps")},
+    torch.save(dict(about=about | dict(steps=known["steps"]),
                     weights={k: w.half() if w.is_floating_point() else w
                              for k, w in other.state_dict().items()}), ruler)
     second = results(world, samples)["rows"]
@@ -239,28 +238,22 @@ def test_real_images_measure_as_real_ones_and_bad_ones_do_not(world, tmp_path):
     rows = results(world, npz(tmp_path / "y.npz", noisy, train.labels.roll(1)), "--images",
                    50)["rows"]
     assert rows["samples"]["images"] == 50 and rows["samples"]["nearest_q01"] == 0  # a copy
-    assert rows["samples"]["frechet"] > 3 * rows["train"]["frechet"]
-    assert rows["samples"]["accuracy"] < 0.4 < 0.8 < rows["train"]["accuracy"]
-    assert rows["samples"]["recall"] < rows["train"]["recall"] - 0.1
+    assert rows["samples"]["frechet"] > 3 * rows["test"]["frechet"]
+    assert rows["samples"]["accuracy"] < 0.4 < 0.8 < rows["test"]["accuracy"]
+    assert rows["samples"]["recall"] < rows["test"]["recall"] - 0.1
 
 
-def test_trained_on_samples_alone(world, tmp_path, capsys):
+def test_trained_on_samples_alone(world, capsys):
     train, test = some("train", world), some("test", world)
     same = evaluate.train_on_samples(train, 0, train, test, STEPS, CPU)
-    assert same["accuracy"] == same["real"] > 0.6 and same["real_images"] == 360
+    assert min(same.values()) > 0.6
     shuffled = replace(train, labels=train.labels[torch.randperm(360)])
-    assert evaluate.train_on_samples(shuffled, 0, train, test, STEPS, CPU)["accuracy"] < 0.4
-
-    few = evaluate.class_balanced_order(train.labels, 7, "any")[:100]
-    few = replace(train, images=train.images[few], labels=train.labels[few], name="few")
-    found = evaluate.train_on_samples(few, 0, train, test, 30, CPU)
-    index = evaluate.class_balanced_order(train.labels, 0, "real")[:100].sort().values
-    real = replace(train, images=train.images[index], labels=train.labels[index])
-    path = world / "output" / "cache" / f"ruler-{real.digest()}.pt"     # the baseline's classifier
-    about = checkpoints.read_archive(path)["about"]
-    assert about["steps"] == 30 and about["test_accuracy"] == found["real"]
-    assert real.labels.bincount().tolist() == [10] * 10
-    assert f"trained on 100 real ones, {found['real']:.2%}" in capsys.readouterr().out
+    found = evaluate.train_on_samples(shuffled, 0, train, test, STEPS, CPU)
+    assert found["samples"] < 0.4 < 0.6 < found["real"] == same["real"]
+    few = evaluate.class_balanced_order(train.labels, 7, "any")[:100]       # as many real ones
+    few = replace(train, images=train.images[few], labels=train.labels[few])
+    evaluate.train_on_samples(few, 0, train, test, 2, CPU)
+    assert "trained on 100 real ones" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- the command, on a checkpoint
@@ -322,16 +315,15 @@ def test_what_users_get_wrong_is_one_line(world, tmp_path):
         return refused(evaluate.main, path, "--dataset", f"folder:{world / 'glyphs'}", *flags)
 
     images, labels = np.zeros((12, H, H, 1), np.uint8), np.arange(12) % 10
-    assert "none.npz cannot be read" in refused(evaluate.main, tmp_path / "none.npz")
+    assert "none.npz is no .npz" in refused(evaluate.main, tmp_path / "none.npz")
     assert "none.pt does not exist" in refused(evaluate.main, tmp_path / "none.pt")
-    assert "cannot be read as an .npz" in says(dict(arr_0=images))              # no labels
-    assert "cannot be read as an .npz" in says(dict(arr_0=np.array([{}] * 12), arr_1=labels))
-    assert "cannot be read as an .npz" in says(Path(npz(
-        tmp_path / "y.npz", torch.zeros(12, 1, H, H), torch.zeros(12))).read_bytes()[:-40])
-    assert "square images, uint8" in says(dict(arr_0=images / 1.0, arr_1=labels))
-    assert "square images, uint8" in says(dict(arr_0=images[:, 1:], arr_1=labels))
-    for wrong in (np.arange(12), labels - 1, labels[:5], labels / 1.0):
-        assert "integers from 0 to 9" in says(dict(arr_0=images, arr_1=wrong))
+    for damaged in (dict(arr_0=images), dict(arr_0=np.array([{}] * 12), arr_1=labels),
+                    Path(npz(tmp_path / "y.npz", torch.zeros(12, 1, H, H), torch.zeros(12))
+                         ).read_bytes()[:-40], dict(arr_0=images / 1.0, arr_1=labels),
+                    dict(arr_0=images[:, 1:], arr_1=labels), dict(arr_0=images, arr_1=labels[:5])):
+        assert "is no .npz with square images" in says(damaged)
+    for wrong in (np.arange(12), labels - 1, labels + 0.5):
+        assert "no integer below 10" in says(dict(arr_0=images, arr_1=wrong))
     assert "10 samples" in says(dict(arr_0=images[:9], arr_1=labels[:9]))
     coloured = np.repeat(images, 3, axis=3)
     coloured[..., 0] = 9

@@ -10,11 +10,11 @@ A classifier of the real images, the ruler, measures: for MNIST the one in asset
 data set one trained on it, once, and kept in output/cache/. The results are appended to
 evaluations.jsonl in the run folder, else in output/.
 
-Numbers mean little alone, so the table has two baselines: as many images of the test set, and a
-part of the training set against the rest of it, both class-balanced as the samples are. (The ruler
-has seen the training set: the test set's Frechet distance is somewhat inflated.) Grain, of grey
-images, is the share of pixels from 8 to 24 of 255, a faint noise that the classifier cannot detect.
-Nearest: the distance to the nearest training image, median and 1% quantile; 0 for a copy.
+Numbers mean little alone, so the table has a baseline: as many images of the test set,
+class-balanced as the samples are. (The ruler has seen the training set, which inflates the test
+set's Frechet distance somewhat.) Grain, of grey images, is the share of pixels from 8 to 24 of 255,
+a faint noise that the classifier cannot detect. Nearest: the distance to the nearest training
+image, median and 1% quantile; 0 for a copy.
 """
 
 import support.threads  # noqa: F401  (before torch)
@@ -128,20 +128,22 @@ def train_ruler(images: ImageSet, test: ImageSet, seed: int, device: torch.devic
     return ruler, about | dict(test_images=len(predicted), test_accuracy=accuracy)
 
 
-def find_ruler(images: ImageSet, test: ImageSet, device: torch.device, seed: int = 0,
-               steps: int | None = None) -> tuple[Ruler, dict, Path]:
+def steps_for(images: ImageSet) -> int:
+    return max(MIN_STEPS, EPOCHS * len(images.images) // BATCH_SIZE)
+
+
+def find_ruler(images: ImageSet, test: ImageSet, device: torch.device) -> tuple[Ruler, dict, Path]:
     """(the ruler of a data set, its metadata, its file): the one that ships if it was trained on
     exactly these images, else the one under output/cache, else a new one, stored there."""
-    steps = steps or max(MIN_STEPS, EPOCHS * len(images.images) // BATCH_SIZE)
-    wanted = dict(digest=images.digest(), seed=seed, steps=steps)
-    own = command.OUTPUT / "cache" / f"ruler-{wanted['digest']}{f'-seed{seed}' * (seed > 0)}.pt"
+    wanted = dict(digest=images.digest(), steps=steps_for(images))
+    own = command.OUTPUT / "cache" / f"ruler-{wanted['digest']}.pt"
     for path in filter(Path.is_file, (SHIPPED, own)):
         state = checkpoints.read_archive(path)
         if (about := state["about"]).items() >= wanted.items():
             ruler = Ruler(about["in_channels"], about["num_classes"])
             ruler.load_state_dict(state["weights"])
             return ruler.eval().to(device, memory_format=torch.channels_last), about, path
-    ruler, about = train_ruler(images, test, seed, device, steps)
+    ruler, about = train_ruler(images, test, 0, device, wanted["steps"])
     weights = {name: w.cpu().contiguous().half() if w.is_floating_point() else w.cpu()
                for name, w in ruler.state_dict().items()}
     store(own, dict(about=about, weights=weights), f"the ruler of {images.name}")
@@ -263,20 +265,15 @@ def measure(x: Features, reference: Features, seed: int, device: torch.device) -
 
 def report(samples: Features, train: Features, test: Features, seed: int, device: torch.device
            ) -> dict[str, dict]:
-    """The rows of the table, printed as they are measured: each of as many images as there are
-    samples, or as there are, and class-balanced."""
-    count = len(samples.images)
-    mixed, of_test, of_train = (class_balanced_order(x.labels, seed, name) for x, name in (
-        (samples, "samples"), (test, "test"), (train, "train")))
-    part, rest = of_train.tensor_split([min(count, len(of_train) // 2)])
-    compared = dict(samples=(samples.take(mixed), train), test=(test.take(of_test[:count]), train),
-                    train=(train.take(part), train.take(rest)))
+    """The rows of the table, printed as they are measured: the samples, and as many images of the
+    test set, or as there are, class-balanced."""
     columns = list(COLUMNS.items())[:None if samples.images.shape[1] == 1 else -1]
     say("", " " * 15 + "".join(f"{name:>10}" for name, _ in columns))
     rows = {}
-    for name, (x, reference) in compared.items():
-        rows[name] = measure(x, reference, seed, device)
-        title = name if name == "samples" else f"real: {name} set"
+    for name, x in ("samples", samples), ("test", test):
+        order = class_balanced_order(x.labels, seed, name)[:len(samples.images)]
+        rows[name] = measure(x.take(order), train, seed, device)
+        title = name if name == "samples" else "real: test set"
         say(f"{title:15}" + "".join(f"{value:>10{form}}" for value, (_, form) in
                                     zip(rows[name].values(), columns, strict=True)))
     return rows
@@ -287,18 +284,13 @@ def train_on_samples(samples: ImageSet, seed: int, train: ImageSet, test: ImageS
     """The test accuracy of a classifier that has seen samples alone (Ravuri & Vinyals, arXiv
     1905.10887), and that of one trained on as many real images (class-balanced). Both have the
     ruler's architecture and recipe, for `steps` steps."""
-    _, of_samples = train_ruler(samples, test, seed, device, steps)
-    count, real = len(samples.images), train
-    if count < len(train.images):
-        index = class_balanced_order(train.labels, seed, "real")[:count].sort().values
-        real = replace(train, images=train.images[index], labels=train.labels[index],
-                       name=f"{count:,} of {train.name}")
-    _, of_real, _ = find_ruler(real, test, device, seed, steps)
-    found = dict(images=count, accuracy=of_samples["test_accuracy"],
-                 real_images=len(real.images), real=of_real["test_accuracy"])
-    say(f"Trained on the {count:,} samples alone, a classifier reads {found['accuracy']:.2%} of "
-        f"the {len(test.images):,} real test images; trained on {found['real_images']:,} real "
-        f"ones, {found['real']:.2%}.")
+    index = class_balanced_order(train.labels, seed, "real")[:len(samples.images)]
+    real = replace(train, images=train.images[index], labels=train.labels[index])
+    found = {name: train_ruler(images, test, seed, device, steps)[1]["test_accuracy"]
+             for name, images in (("samples", samples), ("real", real))}
+    say(f"Trained on the {len(samples.images):,} samples alone, a classifier reads "
+        f"{found['samples']:.2%} of the {len(test.images):,} real test images; trained on "
+        f"{len(index):,} real ones, {found['real']:.2%}.")
     return found
 
 
@@ -310,22 +302,21 @@ def from_npz(path: Path, args: Namespace) -> tuple[dict, ImageSet, ImageSet, Ima
     images, the training set, the test set)."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            images, labels = file["arr_0"], file["arr_1"]
+            images, labels = (torch.from_numpy(file[key]) for key in ("arr_0", "arr_1"))
+        images = images.permute(0, 3, 1, 2)
+        checkpoints.require(images.dtype == torch.uint8 and images.shape[2] == images.shape[3]
+                            and labels.shape == images.shape[:1], "not of these shapes")
     except Exception as error:      # zipfile and numpy raise many types on bad bytes
-        raise UserError(f"{path} cannot be read as an .npz ({reason(error)})") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2]:
-        raise UserError(f"{path}: arr_0 must be square images, uint8 (N, H, H, C)")
-    train, test = load_data(args.dataset or "mnist", args.data_dir, images.shape[1])
-    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or \
-            labels.min() < 0 or labels.max() >= len(train.class_names):
-        raise UserError(f"{path}: arr_1 must be a label for each image, integers from 0 to "
-                        f"{len(train.class_names) - 1}")
+        raise UserError(f"{path} is no .npz with square images arr_0, uint8 (N, H, H, C), and "
+                        f"labels arr_1 (N,) ({reason(error)})") from None
+    train, test = load_data(args.dataset or "mnist", args.data_dir, images.shape[2])
+    if not set(labels.tolist()) <= set(range(len(train.class_names))):
+        raise UserError(f"{path}: a label of arr_1 is no integer below {len(train.class_names)}")
     rng = compute.generator("cpu", args.seed, "order")
     order = torch.randperm(len(images), generator=rng)[:args.images]
     say(f"{short(path)}: {len(order):,} images")
-    images = with_channels(torch.from_numpy(images).permute(0, 3, 1, 2)[order], train, path)
-    labels = torch.from_numpy(labels)[order].long()
-    return {}, replace(train, images=images, labels=labels, name="samples"), train, test
+    return {}, replace(train, images=with_channels(images[order], train, path),
+                       labels=labels[order].long(), name="samples"), train, test
 
 
 def from_checkpoint(path: Path, args: Namespace, device: torch.device) -> tuple:
@@ -383,9 +374,9 @@ def main(argv: list[str] | None = None) -> int:
         path = Path(name) if npz else checkpoints.find_checkpoint(name)
         about, samples, train, test = (from_npz(path, args) if npz else
                                        from_checkpoint(path, args, device))
-        if min(len(samples.images), len(test.images), len(train.images) // 2) < MIN_IMAGES:
-            raise UserError(f"{path}: {MIN_IMAGES} samples, {MIN_IMAGES} test images and "
-                            f"{2 * MIN_IMAGES} training images are needed")
+        if min(len(x.images) for x in (samples, test, train)) < MIN_IMAGES:
+            raise UserError(f"{path}: {MIN_IMAGES} samples, test images and training images are "
+                            f"needed")
         ruler, known, file = find_ruler(train, test, device)
         measured = Features(samples.images, samples.labels,
                             *extract(ruler, samples.images, "features"))
@@ -398,7 +389,7 @@ def main(argv: list[str] | None = None) -> int:
                       torch=torch.__version__, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), rows=rows)
         if args.train_on_samples:
             result["train_on_samples"] = train_on_samples(samples, args.seed, train, test,
-                                                          known["steps"], device)
+                                                          steps_for(train), device)
         folder = path.parent if path in checkpoints.checkpoints_in(path.parent) else command.OUTPUT
         target = folder / "evaluations.jsonl"
         target.parent.mkdir(parents=True, exist_ok=True)
