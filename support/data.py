@@ -247,6 +247,8 @@ def load_folder(root: Path, image_size: int, split: str) -> ImageSet:
     labels = torch.tensor([label for _, label in files])
     kept = in_split(labels, split, root)
     images = read_images([files[i][0] for i in kept], image_size, white)
+    if images.max() < 64:                   # Pillow keeps 8 of the 16 bits of a colour
+        warn(f"the brightest value of all images is {images.max()} of 255")
     if (images == images[:, :1]).all():
         images = images[:, :1].copy()
     counts = labels[kept].bincount(minlength=len(names)).tolist()
@@ -279,13 +281,14 @@ def folder_files(root: Path) -> tuple[list[tuple[Path, int]], list[str], int]:
     left_out = Counter(f"{ending(path)} beside the class folders" for path in inside
                        if not path.is_dir())
     seen = {path.resolve() for path in (root, *classes)}        # by files_in
-    files, deep, largest = [], 0, 0
+    files, deep, largest, stacks = [], 0, 0, 0
     for label, path in tqdm([(label, path) for label, folder in enumerate(classes)
                              for path in files_in(folder, seen)], "finding images", **BAR):
         try:
             with Image.open(path) as image:
                 if image.mode[0] in "IF":
                     deep, largest = deep + 1, max(largest, int(image.getextrema()[1]))
+                stacks += getattr(image, "is_animated", False)
         except UnidentifiedImageError:
             left_out[ending(path)] += 1
             continue
@@ -303,6 +306,8 @@ def folder_files(root: Path) -> tuple[list[tuple[Path, int]], list[str], int]:
     if odd := [f.name for f in classes if f not in parents or f.name.lower() in SPLITS]:
         warn(f"classes that hold folders alone or are named like splits: {', '.join(odd[:5])}. If "
              f"the classes are one level deeper: --dataset folder:{root}/<one of these>")
+    if stacks:
+        warn(f"files of several images, of which the first is taken: {stacks}")
     white = max(1, 2 ** largest.bit_length() - 1)
     if deep:
         say(f"{deep} images of more than 8 bits: 0 to {white} becomes 0 to 255")

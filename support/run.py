@@ -363,8 +363,9 @@ class Run:
 
         wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
                   if hasattr(signal, name)]             # SIGHUP: a closed ssh session
-        before = {s: signal.signal(s, handle) for s in wanted} if \
-            threading.current_thread() is threading.main_thread() else {}
+        before = {s: signal.signal(s, handle) for s in wanted
+                  if signal.getsignal(s) is not signal.SIG_IGN} if \
+            threading.current_thread() is threading.main_thread() else {}   # ignored: nohup
         try:
             yield
         finally:

@@ -4,9 +4,11 @@ import errno
 import gc
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -134,6 +136,29 @@ def test_blank_images_are_counted_and_one_is_named(here, capsys):
     assert "2 of 3 images have a single colour, such as" in err and "1.png (transparent" in err
 
 
+def test_dark_colour_images_and_stacks_are_said(here, capsys):
+    """python-pillow 7723: of 16 bits per colour Pillow keeps the upper 8, and nothing tells it from
+    an 8-bit file: 12-bit images are nearly black. madmaze/pytesseract 45: a TIFF with several pages
+    is its first page."""
+    (here / "own" / "scan").mkdir(parents=True)
+    rows = b"".join(b"\0" + b"".join(struct.pack(">3H", *[147 * x] * 3) for x in range(28))
+                    for _ in range(28))                             # up to 3969 of 4095
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", struct.pack(">2I5B", 28, 28, 16, 2, 0, 0, 0)),
+                          (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        png += struct.pack(">I", len(content)) + kind + content + struct.pack(
+            ">I", zlib.crc32(kind + content))
+    (here / "own" / "scan" / "a.png").write_bytes(png)
+    assert loaded(here / "own")[1].max() == 15
+    assert "brightest value of all images is 15 of 255" in capsys.readouterr().err
+    pages = [Image.new("L", (28, 28), grey) for grey in (200, 100)]
+    pages[0].paste(0, (0, 0, 9, 9))
+    pages[0].save(here / "own" / "scan" / "b.tif", save_all=True, append_images=pages[1:])
+    assert loaded(here / "own")[1].max() == 200
+    err = capsys.readouterr().err
+    assert "files of several images, of which the first is taken: 1" in err and "brig" not in err
+
+
 def checkpoint_weights(path) -> dict:
     return checkpoint.load(Path(path))["ema"]
 
@@ -191,6 +216,25 @@ def test_a_closed_ssh_session_loses_nothing(here):
     assert process.returncode == 128 + signal.SIGHUP
     last = checkpoint.checkpoints_in(here / "run")[-1]
     assert int(last.stem[5:]) == checkpoint.read_metrics(here / "run")[-1]["step"] > 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP")
+def test_nohup_is_respected(train, monkeypatch):
+    """open-mmlab/mmsegmentation 1998, pytorch 67538: `nohup` starts a command with SIGHUP ignored;
+    a handler of one's own would end it with the ssh session."""
+    honest, sent = train_mnist.update_ema, []
+
+    def hang_up(*args):
+        sent.append(os.kill(os.getpid(), signal.SIGHUP))
+        honest(*args)
+
+    monkeypatch.setattr(train_mnist, "update_ema", hang_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert train("--steps", 3, "--out", "run") == 0 and len(sent) == 3
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_variables_left_over_from_torchrun_are_named(here):
