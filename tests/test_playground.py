@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import os
+import select
 import shlex
 import shutil
 import subprocess
@@ -179,8 +180,9 @@ class Page:
         os.write(self.commands, json.dumps(message).encode() + b"\0")
         while True:
             while b"\0" not in self.buffer:
-                if not (more := os.read(self.answers, 1 << 20)):
-                    raise EOFError("chromium has ended")
+                ready, _, _ = select.select([self.answers], [], [], 60)
+                if not ready or not (more := os.read(self.answers, 1 << 20)):
+                    raise EOFError("chromium does not answer")
                 self.buffer += more
             line, self.buffer = self.buffer.split(b"\0", 1)
             answer = json.loads(line)
@@ -264,7 +266,8 @@ def test_page_draws_the_digit_that_was_asked_for(page, shipped, ruler):
     lines = page.js("document.querySelector('#command').textContent").split("\n")
     convert.parser().parse_args(shlex.split(lines[0])[3:])
     args = flags.sample_parser("").parse_args(shlex.split(lines[1])[2:])
-    assert (args.labels, args.seed, args.steps, args.cfg_scale) == (["2"], 0, 25, [1.2])
+    assert (args.labels, args.seed, args.steps, args.cfg_scale, args.precision) == (
+        ["2"], 0, 25, [1.2], "fp32")
 
 
 def test_attention_panel_follows_the_pointer(page):

@@ -1,6 +1,6 @@
 // The process: diffusion.py in plain JavaScript, with its names and in its order. x0 is a clean
-// image in [-1, 1], eps standard normal noise, xt = alpha x0 + sigma eps; `_hat` marks the network's
-// estimates. Timesteps are 0..999. Images are Float32Arrays (B, C, H, H).
+// image in [-1, 1], eps standard normal noise, xt = alpha x0 + sigma eps; `_hat` marks estimates.
+// Timesteps are 0..999. Images are Float32Arrays (B, C, H, H).
 
 const map2 = (f, a, b) => a.map((value, i) => f(value, b[i]));
 
@@ -18,7 +18,7 @@ export class GaussianDiffusion {
     return map2((x0, eps) => this.alpha[t] * x0 + this.sigma[t] * eps, x0, eps);
   }
 
-  /** The first half of x0_and_eps: x0_hat, implied by the output and xt = alpha x0 + sigma eps. DDPM eq. 15. */
+  /** The first half of x0_and_eps: the x0_hat that the output implies. DDPM eq. 15. */
   x0_hat(out, xt, t) {
     const alpha = this.alpha[t], sigma = this.sigma[t];
     if (this.prediction === "eps") return map2((xt, eps) => (xt - sigma * eps) / alpha, xt, out);
@@ -42,8 +42,8 @@ export class GaussianDiffusion {
       const t = timesteps[i], [x0_hat, eps_hat] = this.denoise(predict, xt, t);
       const bar = alpha_bar(t), bar_next = alpha_bar(timesteps[i + 1]);         // 1 after the last
       const std = eta * Math.sqrt((1 - bar_next) / (1 - bar) * (1 - bar / bar_next));
-      const alpha_next = Math.sqrt(bar_next), rest = Math.sqrt(Math.max(1 - bar_next - std ** 2, 0));
-      let x_next = map2((x0, eps) => alpha_next * x0 + rest * eps, x0_hat, eps_hat);
+      const [x0_share, eps_share] = [bar_next, Math.max(1 - bar_next - std ** 2, 0)].map(Math.sqrt);
+      let x_next = map2((x0, eps) => x0_share * x0 + eps_share * eps, x0_hat, eps_hat);
       if (std > 0) x_next = map2((x, noise) => x + std * noise, x_next, noise(t));
       yield { t, xt, x_next, x0_hat };
       xt = x_next;
@@ -72,9 +72,7 @@ export function classifier_free_guidance(model, y, cfg_scale) {
     const steps = y.map(() => t), size = xt.length;
     if (cfg_scale === 1) return model.forward(xt, steps, y).slice(0, size);
     if (cfg_scale === 0) return model.forward(xt, steps, nulls).slice(0, size);
-    const both = new Float32Array(2 * size);                                    // in one batch
-    both.set(xt);
-    both.set(xt, size);
+    const both = Float32Array.of(...xt, ...xt);                                 // in one batch
     const out = model.forward(both, [...steps, ...steps], [...y, ...nulls]);
     return xt.map((_, i) => out[size + i] + cfg_scale * (out[i] - out[size + i]));
   };

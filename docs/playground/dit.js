@@ -24,7 +24,7 @@ export function patchify(x, tokens, B, C, H, p, to_image = false) {
             }
 }
 
-// ---------------------------------------------------------------- what PyTorch provides
+// ---------------------------------------------------------------- layers
 
 /** x (rows, I) -> x W^T + bias, (rows, O). Nearly all of the time is spent here. */
 class Linear {
@@ -57,7 +57,7 @@ class Linear {
   }
 }
 
-// These work in place: on the first `count` numbers, and on the N numbers from `start` on.
+// These three work in place.
 
 function silu(x, count) {
   for (let i = 0; i < count; i++) x[i] /= 1 + Math.exp(-x[i]);
@@ -77,8 +77,6 @@ function softmax(x, start, N) {
   for (let j = start; j < start + N; j++) sum += x[j] = Math.exp(x[j] - max);
   for (let j = start; j < start + N; j++) x[j] /= sum;
 }
-
-// ---------------------------------------------------------------- timestep
 
 /** Timesteps (B,) -> 256 sinusoids -> a two-layer MLP: (B, D). */
 class TimestepEmbedder {
@@ -129,10 +127,9 @@ class Attention {
           }
           softmax(weights, row, N);
           for (let n = 0; n < d; n++) {
-            let sum = 0;
-            for (let j = 0; j < N; j++)
-              sum += weights[row + j] * qkv[(b * N + j) * 3 * D + 2 * D + h * d + n];         // v
-            x[out + n] = sum;
+            const v = b * N * 3 * D + 2 * D + h * d + n;
+            x[out + n] = 0;
+            for (let j = 0; j < N; j++) x[out + n] += weights[row + j] * qkv[v + j * 3 * D];
           }
         }
     return this.proj.forward(x, B * N);
@@ -179,9 +176,8 @@ function add_gated(x, six, gate, branch, { B, N, D }) {
 
 const [shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp] = Array(6).keys();
 
-/** A transformer block whose LayerNorms take shift and scale from c, and whose two residual branches
-    are multiplied by a gate, also from c. x changes in place; c comes through the SiLU with which
-    every adaLN_modulation begins. */
+/** A transformer block whose LayerNorms take shift and scale from c, and whose two residual
+    branches are multiplied by a gate, also from c. x changes in place. */
 class DiTBlock {
   constructor(state, name, num_heads) {
     this.attn = new Attention(state, `${name}.attn`, num_heads);
@@ -200,7 +196,7 @@ class DiTBlock {
   }
 }
 
-/** Tokens (B, N, D) -> (B, N, p*p*C_out), modulated by c once more. */
+/** Tokens (B, N, D) -> (B, N, p*p*C), modulated by c once more. */
 class FinalLayer {
   constructor(state) {
     this.linear = new Linear(state, "final_layer.linear");
@@ -215,13 +211,12 @@ class FinalLayer {
 
 // ---------------------------------------------------------------- the model
 
-/** new DiT(state, config): the weights, {name: {shape, data}}, and the arguments of dit.py's DiT.
-    Throws where a weight is missing. */
+/** new DiT(state, config): the weights, {name: {shape, data}}, and the arguments of dit.py's DiT
+    (without learn_sigma). */
 export class DiT {
-  constructor(state, { input_size: H = 28, patch_size: p = 4, in_channels: C = 1, depth = 4,
-                       hidden_size: D = 128, num_heads = 2, num_classes = 10, learn_sigma = false }) {
-    Object.assign(this, { H, p, C, C_out: learn_sigma ? 2 * C : C, N: (H / p) ** 2, D, num_classes,
-                          null_class: num_classes });
+  constructor(state, { input_size: H, patch_size: p, in_channels: C, hidden_size: D, depth,
+                       num_heads, num_classes }) {
+    Object.assign(this, { H, p, C, N: (H / p) ** 2, D, num_classes, null_class: num_classes });
     this.x_embedder = new Linear(state, "x_embedder.proj");
     this.pos_embed = state["pos_embed"].data;                                   // (1, N, D)
     this.t_embedder = new TimestepEmbedder(state);
@@ -231,24 +226,25 @@ export class DiT {
     this.final_layer = new FinalLayer(state);
   }
 
-  /** SiLU of c (B, D), which is the sum of the embeddings of t (B,) and y (B,). */
+  /** The sum c (B, D) of the embeddings of t (B,) and y (B,), after the SiLU with which every
+      adaLN_modulation begins. */
   conditioning(t, y) {
     const { D, y_embedder } = this, c = this.t_embedder.forward(t), count = y.length * D;
     for (let i = 0; i < count; i++) c[i] += y_embedder[y[Math.floor(i / D)] * D + i % D];
     return silu(c, count);
   }
 
-  /** xt (B, C, H, H), t (B,), y (B,) -> (B, C_out, H, H), which the next call overwrites. */
+  /** xt (B, C, H, H), t (B,), y (B,) -> (B, C, H, H), which the next call overwrites. */
   forward(xt, t, y) {
-    const { H, p, C, C_out, N, D, pos_embed } = this, B = y.length, sizes = { B, N, D };
-    const tokens = array(this, "tokens", xt.length), out = array(this, "out", B * C_out * H * H);
+    const { H, p, C, N, D, pos_embed } = this, B = y.length, sizes = { B, N, D };
+    const tokens = array(this, "tokens", xt.length), out = array(this, "out", xt.length);
     patchify(xt, tokens, B, C, H, p);                                           // (B, N, p*p*C)
     let x = this.x_embedder.forward(tokens, B * N);                             // (B, N, D)
     for (let i = 0; i < B * N * D; i++) x[i] += pos_embed[i % (N * D)];
     const c = this.conditioning(t, y);                                          // (B, D)
     for (const block of this.blocks) x = block.forward(x, c, sizes);            // (B, N, D)
-    x = this.final_layer.forward(x, c, sizes);                                  // (B, N, p*p*C_out)
-    patchify(out, x, B, C_out, H, p, true);
-    return out;                                                                 // (B, C_out, H, H)
+    x = this.final_layer.forward(x, c, sizes);                                  // (B, N, p*p*C)
+    patchify(out, x, B, C, H, p, true);
+    return out;                                                                 // (B, C, H, H)
   }
 }

@@ -1,28 +1,25 @@
 // The page: reads the controls, asks worker.js for what they mean, draws the answers.
-const VECTORS = { gate_attn: 2, gate_mlp: 5, scale_attn: 1, shift_attn: 0, scale_mlp: 4, shift_mlp: 3 };
+const SIX = { gate_attn: 2, gate_mlp: 5, scale_attn: 1, shift_attn: 0, scale_mlp: 4, shift_mlp: 3 };
 const TIMES = Array.from({ length: 28 }, (_, i) => 37 * i);             // 0 to 999, of the curves
 const COLUMNS = 13, SCALES = [0, 1, 2, 4], COUNT = 3;                   // of the strip; of panel 4
 const $ = selector => document.querySelector(selector);
 const $$ = selector => [...document.querySelectorAll(selector)];
 const add = (element, html) => element.insertAdjacentHTML("beforeend", html);
-let H, side, names;                                 // image side, patches in a row, class names
+let H, side, names, last_id = 0;                    // image side, patches in a row, class names
 
 // ---------------------------------------------------------------- the worker, controls, images
 
 const worker = new Worker("worker.js", { type: "module" }), asked = {};
-let last_id = 0;
 
 /** Give a panel a new job, and call show(result) for each of its results. */
 function ask(panel, job, show) {
   asked[panel] = { id: ++last_id, show };
   worker.postMessage({ panel, id: last_id, ...job });
 }
-
 const fail = message => { $("#status").textContent = `This does not work: ${message}`; };
-worker.onerror = () => fail("the browser cannot start worker.js");
-worker.onmessage = ({ data }) => {
-  if (data.message) fail(data.message);
-  else if (asked[data.panel].id === data.id) asked[data.panel].show(data);
+worker.onerror = ({ message }) => fail(message ?? "the browser cannot start worker.js");
+worker.onmessage = ({ data: { panel, id, ...result } }) => {
+  if (id === asked[panel].id) asked[panel].show(result);
 };
 
 /** The number that the control of this name is set to. */
@@ -30,15 +27,13 @@ const value = name => Number($(`[name=${name}]:not([type=radio]), [name=${name}]
 const settings = () => Object.fromEntries(["y", "seed", "cfg_scale", "steps", "eta"].map(
   name => [name, value(name)]));
 
-function add_radios(fieldset, labels, checked) {
-  for (const [i, text] of labels.entries()) {
-    add(fieldset, `<label class="pill"><input type="radio" name="${fieldset.dataset.name}"
-      value="${i}" ${i === checked ? "checked" : ""}><span></span></label>`);
-    fieldset.lastChild.lastChild.textContent = text;
-  }
-}
+const add_radios = (fieldset, labels, checked) => labels.forEach((text, i) => {
+  add(fieldset, `<label class="pill"><input type="radio" name="${fieldset.dataset.name}"
+    value="${i}" ${i === checked ? "checked" : ""}><span></span></label>`);
+  fieldset.lastChild.lastChild.textContent = text;
+});
 
-/** Draw an image x (H, H) in [-1, 1]: a canvas, or the part of one at left, top. */
+/** Draw an image x (H, H) in [-1, 1] on a canvas: all of it, or the part at left, top. */
 function paint(canvas, x, left = null, top = 0) {
   if (left === null) canvas.width = canvas.height = H;
   const image = new ImageData(H, H);
@@ -59,8 +54,9 @@ function denoise() {
   $$("#settings output").forEach(out => { out.value = out.nextElementSibling.value; });
   $$(".step").forEach(slider => { slider.max = job.steps - 1; });
   $("#command").textContent = "python -m tools.convert import docs/playground/weights.safetensors "
-    + `dit.pt\npython sample.py dit.pt --labels "${names[none ? 0 : job.y]}" --cfg-scale `
-    + `${none ? 0 : job.cfg_scale} --steps ${job.steps} --eta ${job.eta} --seed ${job.seed}`;
+    + `dit.pt\npython sample.py dit.pt --precision fp32 --labels "${names[none ? 0 : job.y]}" `
+    + `--cfg-scale ${none ? 0 : job.cfg_scale} --steps ${job.steps} --eta ${job.eta} `
+    + `--seed ${job.seed}`;
   ask("denoise", job, frame => {
     frames.push(frame);
     show_step();
@@ -82,24 +78,25 @@ function show_step() {
   $$(".step").forEach(slider => { slider.value = at; });
   $$(".time").forEach(span => { span.textContent = `Step ${at + 1} of ${last + 1}: t = ${t}`; });
   const strip = Object.assign($("#strip"), { width: COLUMNS * (H + 2), height: 2 * H + 6 });
+  const left = column => Math.round(column * (H + 2)) + 1;
   for (let column = 0; column < COLUMNS; column++) {
-    const frame = frames[Math.round(column / (COLUMNS - 1) * last)], left = column * (H + 2) + 1;
-    if (frame) paint(strip, frame.xt, left, 2);
-    if (frame) paint(strip, frame.x0_hat, left, H + 4);
+    const frame = frames[Math.round(column / (COLUMNS - 1) * last)];
+    if (!frame) break;
+    paint(strip, frame.xt, left(column), 2);
+    paint(strip, frame.x0_hat, left(column), H + 4);
   }
   const context = Object.assign(strip.getContext("2d"), { strokeStyle: "#00dcff", lineWidth: 2 });
-  const left = Math.round(at / (last || 1) * (COLUMNS - 1) * (H + 2));
-  context.strokeRect(left + 1, 1, H, 2 * H + 4);
+  context.strokeRect(left(at / (last || 1) * (COLUMNS - 1)), 1, H, 2 * H + 4);
 }
 
 // ---------------------------------------------------------------- 2. look inside
 
-let inside, profile;                                // results of these jobs
+let inside;                                         // {t, blocks}: the result of this job
 
 function look_inside() {
   if (!finished()) return;
   const { t, xt } = frames[position()];
-  ask("inside", { xt, t, y: value("y") }, ({ blocks }) => {
+  ask("inside", { xt, t, y: value("y"), timesteps: TIMES }, ({ blocks }) => {
     inside = { t, blocks };
     $$("#attention canvas").forEach(canvas => paint(canvas, xt));
     show_inside();
@@ -107,43 +104,40 @@ function look_inside() {
 }
 
 function show_inside() {
-  if (!inside || !profile) return;
-  const block = value("block"), { weights, six, six_null } = inside.blocks[block];
-  const square = i => `x="${i % side}" y="${Math.floor(i / side)}" width="1" height="1"`;
-  const patch = value("patch"), N = side ** 2, D = six.length / 6;
+  if (!inside) return;
+  const { weights, six, over_t } = inside.blocks[value("block")], D = six.length / 12;
+  const patch = value("patch"), N = side ** 2, x = i => i % side, y = i => Math.floor(i / side);
+  const square = i => `<rect x="${x(i)}" y="${y(i)}" width="1" height="1"`;
   $$("#attention svg").forEach((svg, head) => {     // opacity: of 10%, 0.32
     const row = [...weights.subarray((head * N + patch) * N, (head * N + patch + 1) * N)];
-    svg.innerHTML = row.map((w, i) => `<rect ${square(i)} opacity="${Math.sqrt(w)}"/>` + (w < 0.1 ? ""
-      : `<text x="${i % side + 0.5}" y="${Math.floor(i / side) + 0.6}">${Math.round(100 * w)}</text>`))
-      .join("") + `<rect ${square(patch)} class="patch"/>`;
+    svg.innerHTML = row.map((w, i) => `${square(i)} opacity="${Math.sqrt(w)}"/>` + (w < 0.1 ? "" :
+      `<text x="${x(i) + 0.5}" y="${y(i) + 0.6}">${Math.round(100 * w)}</text>`)).join("")
+      + `${square(patch)} class="patch"/>`;
   });
-  $("#six").innerHTML = Object.entries(VECTORS).map(([name, n]) => {
-    const vector = [...six.subarray(n * D, (n + 1) * D)], means = profile.means[block][n];
-    const largest = Math.max(...vector.map(Math.abs)), top = Math.max(...means.flat());
+  const chunk = (six, n) => [...six.subarray(n * D, (n + 1) * D)];      // n + 6: of "no class"
+  $("#six").innerHTML = Object.entries(SIX).map(([name, n]) => {
+    const own = chunk(six, n), none = chunk(six, n + 6), largest = Math.max(...own.map(Math.abs));
     const bars = numbers => numbers.map((v, i) => `M${i + 0.5} 20v${-20 * v / largest}`).join("");
-    const curve = y => "M" + means[y].map((v, i) => [TIMES[i], 40 - 36 * v / top]);
+    const means = [n, n + 6].map(n => over_t.map(six =>
+      chunk(six, n).reduce((sum, v) => sum + Math.abs(v) / D, 0)));
+    const top = Math.max(...means.flat());
+    const curve = means => "M" + means.map((v, i) => [TIMES[i], 40 - 36 * v / top]);
     return `<div><code>${name}</code><small>up to ${largest.toFixed(2)}</small></div>
       <svg viewBox="0 0 ${D} 40" preserveAspectRatio="none" role="img" aria-label="${name}">
-        <path class="bars" d="${bars(vector)}"/>
-        <path class="bars class" d="${bars(vector.map((v, i) => v - six_null[n * D + i]))}"/></svg>
+        <path class="bars" d="${bars(own)}"/>
+        <path class="bars class" d="${bars(own.map((v, i) => v - none[i]))}"/></svg>
       <svg viewBox="0 0 999 40" preserveAspectRatio="none" role="img" aria-label="${name} over t">
-        ${means.map((_, y) => `<path d="${curve(y)}"/>`).join("")}
-        <path d="M${inside.t} 0V40"/><path class="class" d="${curve(value("y"))}"/></svg>`;
+        <path d="M${inside.t} 0V40${curve(means[1])}"/>
+        <path class="class" d="${curve(means[0])}"/></svg>`;
   }).join("");
 }
 
-// ---------------------------------------------------------------- 3. draw
+// ---------------------------------------------------------------- 3. draw, 4. guidance
 
 const drawing = $("#drawing"), pen = drawing.getContext("2d", { willReadFrequently: true });
 Object.assign(pen, { lineWidth: 24, lineCap: "round", lineJoin: "round", strokeStyle: "#fff" });
 
-function stroke(...points) {
-  pen.beginPath();
-  points.forEach(point => pen.lineTo(...point));
-  pen.stroke();
-}
-
-/** The drawing in MNIST's form: the longer side 20 of 28 pixels, the centre of mass in the middle. */
+/** The drawing as in MNIST: the longer side 20 of 28 pixels, the centre of mass in the middle. */
 function drawn() {
   const { data } = pen.getImageData(0, 0, 280, 280), xs = [], ys = [];
   for (let i = 0; i < 280 ** 2; i++)
@@ -163,7 +157,7 @@ function drawn() {
 function redraw() {
   const x0 = drawn(), job = { ...settings(), x0, place: value("place") / 24, y: value("as") };
   if (x0) ask("redraw", job, ({ t, xt, x_next }) => {
-    $("#noised").textContent = `Noised to t = ${t}`;
+    $("#noised").firstChild.data = `Noised to t = ${t}`;
     paint($("#noisy"), xt);
     paint($("#denoised"), x_next);
   });
@@ -174,20 +168,17 @@ function classify() {
   if (x0) ask("classify", { x0 }, ({ levels, errors }) => {
     const sums = names.map((_, y) => errors.reduce((sum, error) => sum + error[y], 0));
     const best = sums.indexOf(Math.min(...sums));
-    $("#errors").innerHTML = sums.map((sum, y) => {
-      let x = 0;                                    // where the next part of the bar starts
-      const parts = errors.map((error, k) => `<rect x="${(x += error[y]) - error[y]}"
-        width="${error[y]}" height="1" opacity="${1 - k / errors.length}"/>`);
-      return `<div class="${y === best ? "best" : ""}"><span></span>
-        <svg viewBox="0 0 ${Math.max(...sums)} 1" preserveAspectRatio="none">${parts.join("")}</svg>
-        ${sum.toFixed(2)}</div>`;
-    }).join("");
+    $("#errors").innerHTML = sums.map((sum, y) => `<div class="${y === best ? "best" : ""}"><span>
+      </span><b>${"<i></i>".repeat(levels.length)}</b>${sum.toFixed(2)}</div>`).join("");
     $$("#errors span").forEach((span, y) => { span.textContent = names[y]; });
-    $("#named").textContent = `Smallest: ${names[best]}. From dark to light: t = ${levels.join(", ")}.`;
+    $$("#errors i").forEach((part, i) => {
+      const level = i % levels.length, y = Math.floor(i / levels.length);
+      part.style.width = `${100 * errors[level][y] / Math.max(...sums)}%`;
+      part.style.opacity = 1 - level / levels.length;
+    });
+    $("#named").textContent = `Smallest: ${names[best]}. From the left: t = ${levels.join(", ")}.`;
   });
 }
-
-// ---------------------------------------------------------------- 4. guidance
 
 function guidance() {
   ask("guidance", { ...settings(), scales: SCALES, count: COUNT }, ({ column, x0_hat }) => {
@@ -199,27 +190,23 @@ function guidance() {
 // ---------------------------------------------------------------- events, and the start
 
 document.oninput = ({ target }) => {
-  if (target.closest("#settings")) { guidance(); redraw(); denoise(); }
+  if (target.closest("#settings")) { guidance(); redraw(); denoise(); }     // the last goes first
   else if (target.closest("#redraw")) redraw();
   else if (target.matches(".step")) {
-    chosen = target.value / (target.max || 1);
-    show_step();
+    chosen = target.value / Math.max(target.max, 1);
+    if (frames.length) show_step();
     look_inside();
   } else show_inside();
 };
-document.onsubmit = event => event.preventDefault();
 document.onpointerover = ({ target }) => { if (target.name === "patch") target.click(); };
 
-let place;                                          // of the pen
-drawing.onpointermove = ({ offsetX, offsetY, buttons }) => {
-  const before = place;
-  place = [offsetX, offsetY].map(x => x * 280 / drawing.clientWidth);
-  if (buttons) stroke(before ?? place, place);
-};
 drawing.onpointerdown = event => {
   drawing.setPointerCapture(event.pointerId);
-  place = null;
-  drawing.onpointermove(event);
+  pen.beginPath();
+};
+drawing.onpointermove = ({ offsetX, offsetY, buttons }) => {
+  pen.lineTo(offsetX * 280 / drawing.clientWidth, offsetY * 280 / drawing.clientWidth);
+  if (buttons) pen.stroke();
 };
 drawing.onpointerup = () => { redraw(); classify(); };
 $("#clear").onclick = () => pen.clearRect(0, 0, 280, 280);
@@ -233,24 +220,22 @@ function start({ config: { model, recipe, data, sampling }, class_names, step, n
   $("#about").textContent = `${recipe.model}, ${numbers.toLocaleString("en")} numbers, trained for `
     + `${step.toLocaleString("en")} steps of ${recipe.batch_size} images (${data.dataset}).`;
   for (const name of ["cfg_scale", "steps", "eta"]) $(`[name=${name}]`).value = sampling[name];
-  $$(".classes").forEach(fieldset => add_radios(fieldset, [...names, "none"], 3));
-  add_radios($("[data-name=block]"), Array.from({ length: model.depth }, (_, i) => i), 1);
+  for (const fieldset of $$(".classes"))
+    add_radios(fieldset, [...names, "none"], Math.min(3, names.length));
+  add_radios($("[data-name=block]"), Array.from({ length: model.depth }, (_, i) => i), 0);
   $("#patches").style.gridTemplateColumns = `repeat(${side}, 1fr)`;
   for (let i = 0; i < side ** 2; i++)
-    add($("#patches"), `<input type="radio" name="patch" value="${i}" ${i === side + 1 ? "checked" : ""}
-      aria-label="row ${Math.floor(i / side) + 1}, column ${i % side + 1}">`);
+    add($("#patches"), `<input type="radio" name="patch" value="${i}" aria-label="patch ${i}">`);
+  $$("[name=patch]")[side + 1].checked = true;
   for (let head = 0; head < model.num_heads; head++)
-    add($("#attention"), `<figure><div class="patches"><canvas></canvas><svg role="img" aria-label="head
-      ${head}" viewBox="0 0 ${side} ${side}"></svg></div>head ${head}</figure>`);
+    add($("#attention"), `<figure><div class="patches"><canvas></canvas><svg role="img"
+      aria-label="Attention" viewBox="0 0 ${side} ${side}"></svg></div>head ${head}</figure>`);
   for (const scale of SCALES)
     add($("#scales"), `<figure>scale ${scale}`
       + `<canvas role="img" aria-label="scale ${scale}"></canvas>`.repeat(COUNT));
-  stroke([160, 40], [70, 170], [215, 170]);         // a 4, to begin with
-  stroke([165, 110], [160, 245]);
-  guidance();
+  pen.stroke(new Path2D("M160 40L70 170H215M165 110L160 245"));         // a 4, to begin with
   drawing.onpointerup();
-  ask("profile", { timesteps: TIMES }, result => { profile = result; show_inside(); });
-  denoise();
+  $("#settings").dispatchEvent(new Event("input", { bubbles: true }));
 }
 
 fetch("weights.safetensors").then(response => {

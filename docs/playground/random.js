@@ -4,13 +4,13 @@
 /** The first 4 bytes, little endian, of the SHA-256 (FIPS 180-4) of fewer than 56 ASCII characters.
     (crypto.subtle is missing on a page that comes over http from another machine.) */
 function sha256_seed(text) {
-  const fraction = x => (x % 1) * 2 ** 32 | 0, rotate = (x, n) => x >>> n | x << (32 - n), primes = [];
+  const fraction = x => (x % 1) * 2 ** 32 | 0, rotate = (x, n) => x >>> n | x << (32 - n);
+  const primes = [];
   for (let n = 2; primes.length < 64; n++) if (primes.every(p => n % p)) primes.push(n);
   const block = new DataView(new ArrayBuffer(64));
   [...text, "\x80"].forEach((letter, i) => block.setUint8(i, letter.charCodeAt(0)));
   block.setUint32(60, 8 * text.length);
   const w = Array.from({ length: 16 }, (_, i) => block.getInt32(4 * i));
-  const first = fraction(Math.sqrt(2));
   let [a, b, c, d, e, f, g, h] = primes.map(p => fraction(Math.sqrt(p)));
   for (let i = 0; i < 64; i++) {
     if (i > 15) w[i] = w[i - 16] + w[i - 7]
@@ -21,7 +21,7 @@ function sha256_seed(text) {
     const two = (rotate(a, 2) ^ rotate(a, 13) ^ rotate(a, 22)) + (a & b ^ a & c ^ b & c);
     [a, b, c, d, e, f, g, h] = [one + two | 0, a, b, c, d + one | 0, e, f, g];
   }
-  block.setInt32(0, first + a);
+  block.setInt32(0, fraction(Math.sqrt(2)) + a);
   return block.getUint32(0, true);
 }
 

@@ -1,4 +1,4 @@
-// Reads a .safetensors file of tools/convert.py: the length of a header, the header (JSON), numbers.
+// Reads a .safetensors file of tools/convert.py: the header's length, the header (JSON), numbers.
 
 /** {state: {name: {shape, data}}, metadata} of a file's ArrayBuffer; data are Float32Arrays. */
 export function read_safetensors(buffer) {

@@ -1,6 +1,5 @@
-// Runs the network in a thread of its own. A panel of the page posts {panel, id, ...job}; results
-// come back one by one under the same id. A panel's new job replaces its old one, and the job that
-// came last goes first.
+// Runs the network in a thread of its own. A panel posts {panel, id, ...job}, and results come back
+// one by one. A panel's new job replaces its old one; the job that came last goes first.
 import { DiT } from "./dit.js";
 import { GaussianDiffusion, classifier_free_guidance } from "./diffusion.js";
 import { image_noise } from "./random.js";
@@ -37,31 +36,17 @@ const panels = {
     yield* diffusion.ddim_sample(predict, noise("T"), { noise, steps, eta });
   },
 
-  /** Of each block: attention (heads, N, N), and the six vectors (6 D) for y and for "no class". */
-  *inside({ xt, t, y }) {
-    model.forward(stack([xt, xt]), [t, t], [y, model.null_class]);
-    yield { blocks: model.blocks.map(({ attn, adaLN_modulation: { O, out } }) => ({
-      weights: attn.weights.slice(0, attn.num_heads * model.N ** 2),
-      six: out.slice(0, O), six_null: out.slice(O, 2 * O) })) };
-  },
-
-  /** means[block][vector][class]: the mean absolute value of a vector at each of the timesteps. */
-  *profile({ timesteps }) {
-    const { D, blocks, null_class } = model;
-    const mean = (six, n) =>
-      six.subarray(n * D, (n + 1) * D).reduce((sum, v) => sum + Math.abs(v) / D, 0);
-    const means = blocks.map(() => Array.from({ length: 6 }, () => []));
-    for (let y = 0; y <= null_class; y++) {
-      blocks.forEach((_, k) => means[k].forEach(classes => classes.push([])));
-      for (const t of timesteps) {
-        const c = model.conditioning([t], [y]);
-        blocks.forEach(({ adaLN_modulation }, k) => {
-          const six = adaLN_modulation.forward(c, 1);
-          means[k].forEach((classes, n) => classes[y].push(mean(six, n)));
-        });
-      }
-    }
-    yield { means };
+  /** Of each block: the attention weights (heads, N, N) of xt, and the six vectors, for y and for
+      "no class" (2, 6 D), at t and at each of the timesteps. */
+  *inside({ xt, t, y, timesteps }) {
+    const classes = [y, model.null_class];
+    model.forward(stack([xt, xt]), [t, t], classes);
+    const { blocks, N, D } = model, found = blocks.map(({ attn, adaLN_modulation }) => ({
+      weights: attn.weights.slice(0, attn.num_heads * N * N),
+      six: adaLN_modulation.out.slice(0, 12 * D) }));
+    const over_t = timesteps.map(t => model.conditioning([t, t], classes).slice()).map(c =>
+      blocks.map(({ adaLN_modulation }) => adaLN_modulation.forward(c, 2).slice(0, 12 * D)));
+    yield { blocks: found.map((block, k) => ({ ...block, over_t: over_t.map(six => six[k]) })) };
   },
 
   /** x0 noised to the timestep at a place from 0 to 1 of the way, then denoised as the class y. */
@@ -108,13 +93,8 @@ onmessage = ({ data: { panel, id, ...job } }) => {
 
 port1.onmessage = () => {                           // one result, then the turn of other messages
   const panel = [...jobs.keys()].pop(), { id, results } = jobs.get(panel);
-  try {
-    const { value, done } = results.next();
-    if (done) jobs.delete(panel);
-    else postMessage({ panel, id, ...value });
-  } catch ({ message }) {
-    jobs.delete(panel);
-    postMessage({ message });
-  }
+  const { value, done } = results.next();
+  if (done) jobs.delete(panel);
+  else postMessage({ panel, id, ...value });
   if (jobs.size) port2.postMessage("continue");
 };
