@@ -6,8 +6,6 @@
 import os
 import pickle
 import random
-import subprocess
-import sys
 import time
 import zipfile
 from argparse import Namespace
@@ -19,7 +17,7 @@ import torch
 
 import sample
 import train_mnist
-from conftest import ROOT, refused, tensors_equal
+from conftest import refused, tensors_equal
 from dit import DiT
 from support import checkpoint as checkpoints, registry
 from support.command import SHIPPED, UserError, printable, run_command
@@ -86,33 +84,6 @@ def test_what_was_saved_is_loaded_and_built(path):
                for name, w in model.state_dict().items())
     assert "no 'model' weights" in refusal(checkpoints.build, state, "model")
     assert "EMA weights alone: --init-from" in refusal(checkpoints.load, path, full=True)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="needs fork and SIGKILL")
-def test_a_kill_while_saving_leaves_a_complete_checkpoint(path):
-    """A process that saves two checkpoints in turn without end, killed at 6 moments: the file is
-    always one of the two."""
-    code = f"""if True:
-        import os, signal, time
-        from pathlib import Path
-        from conftest import tensors_equal
-        from test_checkpoint import checkpoints, some_state
-        path, states = Path({str(path)!r}), [some_state(), some_state(seed=1)]
-        for i in range(6):
-            child = os.fork()
-            while child == 0:
-                for state in states:
-                    checkpoints.save(path, state)
-            time.sleep(0.02 + 0.0143 * i)
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            found = checkpoints.load(path, full=True)
-            print("complete" if any(tensors_equal(found, s) for s in states) else "BROKEN")
-    """
-    found = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": found},
-                          text=True, capture_output=True, timeout=100)
-    assert done.stdout.split() == ["complete"] * 6, done.stdout + done.stderr
 
 
 # ---------------------------------------------------------------- damaged by accident
@@ -228,22 +199,10 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not(path, tmp_path):
     refusal(checkpoints.load, path)
     torch.save(trap, path, _use_new_zipfile_serialization=False)        # torch's old format
     refusal(checkpoints.load, path)
-    for code in (b"cos\nsystem\n(S'mkdir trapped'\ntR.", b"(S'mkdir trapped'\nios\nsystem\n.",
-                 b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0dmkdir trapped\x85R."):
-        checkpoints.save(path, state)
-        refusal(checkpoints.load, rewritten(path, {"data.pkl": code}))
-    assert not Path(trap.folder).exists() and not Path("trapped").exists()
+    assert not Path(trap.folder).exists()
     torch.save(trap, path)
     torch.load(path, weights_only=False)
     assert Path(trap.folder).exists(), "the trap would not have gone off"
-
-
-@pytest.mark.parametrize("code", [
-    b"]r\xff\xff\xff\xff.", b"\x8e" + b"\xff" * 7 + b"\x7f.", b"(" * 9000 + b".", b"", b".", b"0.",
-    b"P1\n.", b"].", b"K\x01.", b"Nb.",
-])
-def test_pickles_that_make_no_sense_are_refused(path, code):
-    refusal(checkpoints.load, rewritten(path, {"data.pkl": code}))
 
 
 def test_archives_that_claim_more_than_they_hold_are_refused(path):
@@ -252,14 +211,6 @@ def test_archives_that_claim_more_than_they_hold_are_refused(path):
     for missing in ("data.pkl", "data/0"):
         checkpoints.save(path, some_state())
         refusal(checkpoints.load, rewritten(path, {missing: None}))
-    for number in (b"M\xe8\x03", b"J\xff\xff\xff\x7f"):        # 1000 numbers, then two milliards
-        torch.save({**some_state(), "ema": {"w": torch.zeros(1001)}}, path)
-        with zipfile.ZipFile(path) as archive:
-            name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
-            content = archive.read(name)
-        assert b"M\xe9\x03" in content
-        refusal(checkpoints.load, rewritten(path, {
-            "data.pkl": content.replace(b"M\xe9\x03", number)}))
 
 
 def put(state: dict, where: str, value) -> dict:

@@ -1,9 +1,6 @@
 """sample.py, as a command and from Python: an image's noise, labels, flags, the files it writes."""
 
 import io
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +9,7 @@ import torch
 from PIL import Image
 
 import sample
-from conftest import ALONE, ROOT, command, refused
+from conftest import ROOT, refused
 from sample import generate, load
 from support import checkpoint as checkpoints, pictures
 from support.command import SHIPPED, UserError
@@ -87,20 +84,6 @@ def test_an_image_is_the_same_whatever_the_batch_size_and_the_rest_of_the_grid(s
     assert apart(images[:3], images[3:6]) > 1
     assert apart(images[:3], arrays(short, "--seed", 5, *flags, "--labels", 3,
                                     "--per-class", 3)[0]) > 1
-
-
-def test_two_processes_write_the_images_of_one(lively):
-    flags = ("--labels", 3, 1, 4, "--per-class", 3, "--steps", 3, "--batch-size", 2, "--device",
-             "cpu", "--npz")
-    images, labels = arrays(lively, *flags[:-1])
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
-             ROOT / "sample.py", lively.resolve(), *flags, "two.npz"]
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True,
-                          env={**os.environ, **ALONE}, timeout=200)
-    assert done.returncode == 0, done.stderr
-    two = np.load("two.npz")
-    assert apart(two["arr_0"], images) <= 1 and np.array_equal(two["arr_1"], labels)
-    assert done.stdout.count("written: two.npz") == 1
 
 
 def test_the_images_of_the_checkpoint_that_ships(here):
@@ -325,14 +308,13 @@ def test_default_names_are_numbered_and_nothing_is_overwritten(checkpoint):
     (["--sampler", "ddpm", "--steps", "50"], "--steps does not apply"),
     (["--sampler", "dpm++", "--eta", "0"], "--eta does not apply"),
     (["--sampler", "euler"], "ddim, ddpm"), (["--steps", "1001"], "1 to 1000"),
-    (["--steps", "0"], "--steps"), (["--per-class", "0"], "--per-class"),
-    (["--eta", "2"], "--eta"), (["--cfg-scale", "nan"], "--cfg-scale"),
+    (["--eta", "2"], "--eta"),
+    (["--cfg-scale", "nan"], "--cfg-scale"),
     (["--cfg-scale", "1", "2", "--npz", "n.npz"], "one --cfg-scale"),
     (["--out", "grid.jpg"], ".png"), (["--gif", "a.png"], ".gif"), (["--out", "run"], ".png"),
     (["--out", "file/x.png"], "file"), (["--png-dir", "file"], "file"),
     (["--png-dir", "."], "not empty"), (["--device", "tpu"], "tpu"),
-    (["--lables", "3"], "--lables"),
-    (["--seed", "-1"], "--seed"), (["--random-labels", "5", "--labels", "3"], "--random-labels"),
+    (["--random-labels", "5", "--labels", "3"], "--random-labels"),
     (["--out", "s.png", "--trajectory", "./s.png"], "same file"), (["--npz", "x/"], ".npz"),
     (["--ckpt", "run"], "two checkpoints"), (["--guidance-interval", "1"], "2 arguments"),
 ])
@@ -349,9 +331,3 @@ def test_a_checkpoint_is_named_by_file_or_folder_and_also_behind_a_list(lively, 
         assert "step_0000030.pt: step 30," in capsys.readouterr().out
     changed(lively, lambda s: s["config"]["sampling"].update(latents=True))
     assert "makes latents" in refused(sample.main, "run/changed.pt")
-
-
-def test_the_command_exits_with_2_and_one_line(tmp_path):
-    process = command("sample.py", "missing.pt", cwd=tmp_path)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (2, "", "error: missing.pt does not exist\n")

@@ -380,14 +380,6 @@ def test_a_network_with_an_argument_of_its_own_trains_resumes_and_samples(
         sample.load("run")
 
 
-def test_the_settings_line_names_output_and_weighting(train, capsys):
-    for flags, words in [((), "predicts x0, weighting v"),
-                         (("--prediction", "eps"), "predicts eps, weighting plain"),
-                         (("--prediction", "v", "--weighting", "min-snr"), "v, weighting min-snr")]:
-        train("--steps", 1, *flags)
-        assert words in capsys.readouterr().out
-
-
 def test_three_channels_one_class_and_any_size(train):
     for name, colour in (("red", (200, 0, 0)), ("blue", (0, 0, 200))):
         Path("pets", name).mkdir(parents=True)
