@@ -10,7 +10,7 @@ function array(layer, name, size) {
 }
 
 /** Copy images x (B, C, H, H) to tokens (B, N, p*p*C), or back where `to_image`. */
-export function patchify(x, tokens, B, C, H, p, to_image = false) {
+function patchify(x, tokens, B, C, H, p, to_image = false) {
   let token = 0;                                    // of (B, H/p, H/p, p, p, C)
   for (let b = 0; b < B; b++)
     for (let i = 0; i < H; i += p)

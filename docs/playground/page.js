@@ -78,7 +78,7 @@ function show_step() {
   $$(".step").forEach(slider => { slider.value = at; });
   $$(".time").forEach(span => { span.textContent = `Step ${at + 1} of ${last + 1}: t = ${t}`; });
   const strip = Object.assign($("#strip"), { width: COLUMNS * (H + 2), height: 2 * H + 6 });
-  const left = column => Math.round(column * (H + 2)) + 1;
+  const left = column => column * (H + 2) + 1;
   for (let column = 0; column < COLUMNS; column++) {
     const frame = frames[Math.round(column / (COLUMNS - 1) * last)];
     if (!frame) break;
@@ -86,7 +86,7 @@ function show_step() {
     paint(strip, frame.x0_hat, left(column), H + 4);
   }
   const context = Object.assign(strip.getContext("2d"), { strokeStyle: "#00dcff", lineWidth: 2 });
-  context.strokeRect(left(at / (last || 1) * (COLUMNS - 1)), 1, H, 2 * H + 4);
+  context.strokeRect(left(Math.round(at / (last || 1) * (COLUMNS - 1))), 1, H, 2 * H + 4);
 }
 
 // ---------------------------------------------------------------- 2. look inside
