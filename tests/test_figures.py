@@ -365,9 +365,10 @@ def test_curves_of_the_loss_are_averages(sizes):
     axes, = make("curves", sizes[0]).axes
     steps, means = axes.lines[0].get_data()
     assert steps[:5] == pytest.approx([1, 2, 3, 4, 5]) and 10 not in steps.tolist()
-    assert 50 < len(steps) < 80 and steps[-1] > 290                 # ranges that grow
+    assert 20 < len(steps) < 50 and steps[-1] > 250                 # ranges that grow
     assert means[steps < 60] == pytest.approx(4) and means[-3:] == pytest.approx(2.5, abs=0.05)
     assert drawn(sizes[0], "--y", "loss_q1") == {sizes[0]: [(1, 1)]}
+    assert list(drawn(f"a={sizes[0]}", f"a={sizes[1]}")) == ["a"]   # two seeds
     found = drawn(*sizes[:2])
     assert list(found) == sizes[:2] and len(found[sizes[1]]) < 20
     assert run("curves", sizes[1]) == 0 and Image.open("output/curves.png").width == 1120

@@ -8,7 +8,7 @@
     python -m tools.figures x0hat CKPT_EPS CKPT_V       each model's estimate of the clean image
     python -m tools.figures timesteps                   alpha and sigma, and the t of training
     python -m tools.figures accuracy NAME=FILE.jsonl... distance and recall against accuracy
-    python -m tools.figures curves RUN...               loss or quality against steps or Gflops
+    python -m tools.figures curves [NAME=]RUN...        loss or quality against steps or Gflops
 
 Each writes --out FILE.png, or a new numbered file under output/. The last three need matplotlib.
 """
@@ -16,7 +16,6 @@ Each writes --out FILE.png, or a new numbered file under output/. The last three
 import support.threads  # noqa: F401  (before torch)
 
 import inspect
-import itertools
 import json
 import math
 from argparse import Namespace
@@ -291,10 +290,11 @@ def by_guidance(points: list[dict]) -> list[list[dict]]:
 
 
 def log_ticks(axis) -> None:
-    """Of a logarithmic axis: plain numbers at 1, 2, 3, 5, 10 ...; evenly spaced on a short one."""
+    """Of a logarithmic axis: plain numbers at 1, 2, 3, 5, 10 ...; on a long one at 1, 10 ..."""
     from matplotlib.ticker import LogLocator, NullLocator
-    axis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), major_formatter="{x:g}",
-             minor_locator=NullLocator())
+    low, high = axis.get_view_interval()
+    axis.set(major_locator=LogLocator(subs=(1, 2, 3, 5) if high < 500 * low else (1,)),
+             major_formatter="{x:,.10g}", minor_locator=NullLocator())
 
 
 def accuracy(args: Namespace):
@@ -390,34 +390,43 @@ AXES = dict(steps="training steps", forward="Gflops of one forward", training="G
 def curves(args: Namespace):
     """--y of runs against --x, as figures 6 to 10 of the DiT paper, whose Gflops (of one image) are
     multiply-adds. --y is a key of metrics.jsonl, or frechet or recall from evaluations.jsonl: at
-    guidance --cfg-scale, by default that of the smallest Frechet distance with 99% right.
+    guidance --cfg-scale, by default that of the smallest Frechet distance with 99% right. Runs of
+    one NAME are seeds, and the line is their mean.
 
-    --x steps and training: a line for each run; a step of training costs three forwards an image.
-    forward: a line for each patch size; each run has a point, its end. sampling: a line for each
-    model, at its end; a guided step costs two forwards.
+    --x steps: a line for each run. training: for each model; a step costs three forwards an image.
+    forward: for each patch size; each run has a point, its end. sampling: for each model, at its
+    end; a guided step costs two forwards. Of metrics the first twentieth of a run is not shown.
     """
     figure, lines = new_figure(figsize=(8, 5)), {}              # label -> model, x -> values of y
     axes, measured = figure.subplots(), args.y in METRICS
     axes.set(xscale="log", yscale="log", xlabel=AXES[args.x],
              ylabel=METRICS.get(args.y, args.y))
-    for folder in map(Path, args.runs or [checkpoints.newest_run() or command.OUTPUT]):
-        model, patch, points = run_points(folder, args)
-        label = dict(steps=short(folder), forward=patch).get(args.x, model)
+    for text in args.runs or [str(checkpoints.newest_run() or command.OUTPUT)]:
+        name, _, folder = text.rpartition("=")
+        model, patch, points = run_points(Path(folder), args)
+        label = name or dict(steps=short(folder), forward=patch).get(args.x, model)
         for x, y in points:
             lines.setdefault(label, {}).setdefault((x, model), []).append(y)
-    for (label, points), colour, marker in zip(lines.items(), itertools.cycle(COLOURS),
-                                               itertools.cycle(MARKERS), strict=False):
+    colours, kinds, shown = {}, {}, []
+    for label, points in sorted(lines.items(), key=lambda line: min(line[1])):
         found = [(x, np.mean(ys), model) for (x, model), ys in sorted(points.items())]
         x, y, models = zip(*found, strict=True)
-        axes.plot(x, y, color=colour, label=label, marker=marker if measured or args.x == "forward"
-                  else "", ms=5)
+        # a colour for each size, a marker or line style for each patch size
+        size, _, patch = label.rpartition("/" if args.x in ("training", "sampling") else "\n")
+        i = colours.setdefault(size or label, len(colours))
+        j = kinds.setdefault(patch, len(kinds))
+        dots = measured or args.x == "forward"
+        axes.plot(x, y, color=COLOURS[i % len(COLOURS)], label=label, ms=5,
+                  marker=MARKERS[j % len(MARKERS)] if dots else "",
+                  linestyle="-" if dots else STYLES[j % len(STYLES)])
+        shown += [place for place in zip(x, y, strict=True) if dots or place[0] > max(x) / 20]
         for place in zip(x, y, models, strict=True) if args.x == "forward" else ():
             say("{2}: {0:.4g} Gflops, {1:.4g}".format(*place))
-            axes.annotate(place[2], place[:2], xytext=(0, 6), textcoords="offset points",
-                          fontsize=8, ha="center")
-    for axis in axes.xaxis, axes.yaxis:
+            axes.annotate(place[2].removeprefix("DiT-"), place[:2], xytext=(0, 6), fontsize=8,
+                          textcoords="offset points", ha="center")
+    for axis, values in zip((axes.xaxis, axes.yaxis), np.transpose(shown), strict=True):
+        getattr(axes, f"set_{axis.axis_name}lim")(values.min() / 1.15, values.max() * 1.15)
         log_ticks(axis)
-    axes.margins(0.1)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     return figure
@@ -458,11 +467,11 @@ def run_points(folder: Path, args: Namespace) -> tuple[str, str, list[tuple[floa
 
 
 def averaged(rows: list[dict], key: str) -> np.ndarray:
-    """(steps, means): `key` of the rows of metrics.jsonl, averaged over ranges of a twentieth of
+    """(steps, means): `key` of the rows of metrics.jsonl, averaged over ranges of a seventh of
     the steps before them. A range without a finite value is left out."""
     found = [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key) or math.nan)]
     steps = [step for step, _ in found]
-    ends = np.searchsorted(steps, 1.05 ** np.arange(400))
+    ends = np.searchsorted(steps, 1.15 ** np.arange(140))
     return np.reshape([np.mean(part, axis=0) for part in np.split(np.reshape(found, (-1, 2)), ends)
                        if len(part)], (-1, 2)).T
 
@@ -527,7 +536,7 @@ def parser() -> Parser:
     add(accuracy, ("runs", "+", "NAME=FILE.jsonl", lines + " and the name of its curve; runs of "
                    "one name are seeds of it"))
     add(timesteps)
-    sub = add(curves, ("runs", "*", "RUN", "run folders (default: the newest under output/)"))
+    sub = add(curves, ("runs", "*", "[NAME=]RUN", "run folders (default: the newest)"))
     sub.add_argument("--x", choices=AXES, default="steps", help="(default: steps)")
     sub.add_argument("--y", default="loss", metavar="KEY", help="loss, loss_eps, loss_q1 ... or "
                      "frechet, accuracy, precision, recall (default: loss)")
