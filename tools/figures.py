@@ -391,7 +391,7 @@ def curves(args: Namespace):
     """--y of runs against --x, as figures 6 to 10 of the DiT paper, whose Gflops (of one image) are
     multiply-adds. --y is a key of metrics.jsonl, or frechet or recall from evaluations.jsonl: at
     guidance --cfg-scale, by default that of the smallest Frechet distance with 99% right. Runs of
-    one NAME are seeds, and the line is their mean.
+    one NAME are seeds, and the line is their mean; "A, x" and "A, y" have the same colour.
 
     --x steps: a line for each run. training: for each model; a step costs three forwards an image.
     forward: for each patch size; each run has a point, its end. sampling: for each model, at its
@@ -408,13 +408,12 @@ def curves(args: Namespace):
         for x, y in points:
             lines.setdefault(label, {}).setdefault((x, model), []).append(y)
     colours, kinds, shown = {}, {}, []
-    for label, points in sorted(lines.items(), key=lambda line: min(line[1])):
+    for label, points in sorted(lines.items(), key=lambda line: min(line[1])[0]):
         found = [(x, np.mean(ys), model) for (x, model), ys in sorted(points.items())]
         x, y, models = zip(*found, strict=True)
-        # a colour for each size, a marker or line style for each patch size
-        size, _, patch = label.rpartition("/" if args.x in ("training", "sampling") else "\n")
-        i = colours.setdefault(size or label, len(colours))
-        j = kinds.setdefault(patch, len(kinds))
+        # a colour for each size of model, a marker or line style for each patch size
+        size, _, kind = label.partition("/" if args.x in ("training", "sampling") else ", ")
+        i, j = colours.setdefault(size, len(colours)), kinds.setdefault(kind, len(kinds))
         dots = measured or args.x == "forward"
         axes.plot(x, y, color=COLOURS[i % len(COLOURS)], label=label, ms=5,
                   marker=MARKERS[j % len(MARKERS)] if dots else "",
