@@ -4,7 +4,6 @@ import json
 import math
 import os
 import sys
-import zlib
 from functools import partial
 
 import numpy as np
@@ -21,6 +20,7 @@ from support import checkpoint as checkpoints, data
 from support.command import UserError
 from support.compute import image_noise
 from support.registry import NETWORKS
+from test_dit import PATCH, PUBLISHED, fill
 from tools import convert
 from variants.learned_variance import LearnedVariance
 
@@ -133,12 +133,10 @@ def test_damaged_files_are_refused(make, here):
         return safetensors.save(weights, {**about, **changes})
 
     for content in [
-        good[:-5], b"", good[:100], b"\xff" * 64, len(huge).to_bytes(8, "little") + huge.encode(),
+        good[:-5], b"", len(huge).to_bytes(8, "little") + huge.encode(),
         pack({k: w for k, w in weights.items() if k != first}),
-        pack({**weights, first: weights[first].int()}),
-        pack({**weights, first: weights[first] * math.nan}),
-        pack({**weights, first: torch.ones(3)}), pack(checkpoint="other/1"),
-        pack(config="{"), pack(config="[" * 100_000), pack(step="NaN"), pack(class_names='["a"]'),
+        pack({**weights, first: weights[first] * math.nan}), pack(checkpoint="other/1"),
+        pack(config="{"), pack(config="[" * 100_000), pack(class_names='["a"]'),
         pack(config=json.dumps({**config, "model": {**MODEL, "hidden_size": 2**40}})),
     ]:
         file.write_bytes(content)
@@ -231,15 +229,9 @@ def test_a_dit_that_diffusers_made(here):
     first.time_proj.downscale_freq_shift = second.time_proj.downscale_freq_shift = 0
     x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 207, 1000])
     assert distance(found.model(x, t, y), theirs(x, t, y).sample) < 2e-4
-    for name, key, value in [("transformer", "activation_fn", "geglu"),
-                             ("transformer", "num_attention_heads", 3),
-                             ("transformer", "sample_size", 2**30),
-                             ("scheduler", "beta_schedule", "scaled_linear")]:
-        file, = (here / "xl" / name).glob("*config.json")
-        before = file.read_text()
-        file.write_text(json.dumps({**json.loads(before), key: value}))
-        refused("import", "xl", "y.pt")
-        file.write_text(before)
+    file = here / "xl" / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text().replace('"linear"', '"scaled_linear"'))
+    assert "another activation or schedule" in refused("import", "xl", "y.pt")
 
 
 def test_what_diffusers_cannot_express(make, here):
@@ -253,33 +245,19 @@ def test_what_diffusers_cannot_express(make, here):
 # ---------------------------------------------------------------- the published code
 
 
-@torch.no_grad()
-def test_published_weights_give_the_published_outputs(here):
-    """Recorded outputs of the published network, for weights that are functions of their names."""
-    def numbers(name, shape):
-        raw = np.random.PCG64(zlib.crc32(name.encode())).random_raw(math.prod(shape))
-        return torch.from_numpy((raw >> np.uint64(11)) / 2.0**52 - 1).reshape(shape)
-
-    recorded = json.loads((ROOT / "tests" / "published_outputs.json").read_text())
-    for i, case in enumerate(recorded["cases"]):
-        config = case["config"]
-        shapes = {k: w.shape for k, w in DiT(**config).state_dict().items()}
-        C, H, p = config["in_channels"], config["input_size"], config["patch_size"]
-        shapes["x_embedder.proj.weight"] = (config["hidden_size"], C, p, p)     # a convolution
-        weights = {name: ((0.3 if len(shape) == 1 else 1.5 / math.prod(shape[1:]) ** 0.5)
-                          * numbers(name, shape)).float() for name, shape in shapes.items()}
-        weights["pos_embed"] = torch.tensor(case["pos_embed"]).view(shapes["pos_embed"])
-        if i == 1:
-            assert {k: list(w.shape) for k, w in weights.items()} == recorded["state_dict"]
+def test_published_weights_become_those_of_dit_py(here):
+    """tests/test_dit.py shows that these give the published outputs."""
+    for i, case in enumerate(PUBLISHED["cases"]):
+        config, model = case["config"], fill(DiT(**case["config"]))
+        p, C, weights = config["patch_size"], config["in_channels"], model.state_dict()
+        weights[PATCH] = weights[PATCH].view(-1, p, p, C).permute(0, 3, 1, 2)   # a convolution's
         torch.save(dict(ema=weights, opt={}) if i else weights, here / f"{i}.pt")
         assert "--heads" in refused("import", f"{i}.pt", f"x{i}.pt")
         run("import", f"{i}.pt", f"x{i}.pt", "--heads", config["num_heads"])
         found = sample.load(f"x{i}.pt", "cpu")
         assert isinstance(found.diffusion, LearnedVariance) == config["learn_sigma"]
         assert (found.diffusion.prediction, found.diffusion.weighting) == ("eps", "plain")
-        x = 2 * numbers(f"x{i}", (3, C, H, H)).float()
-        out = found.model(x, torch.tensor(recorded["t"]), torch.tensor(recorded["y"]))
-        assert distance(out, torch.tensor(case["output"]).view(out.shape)) < 2e-4
+        assert tensors_equal(dict(found.model.state_dict()), dict(model.state_dict()))
 
 
 def test_the_sizes_of_published_weights_are_read_from_their_shapes():
@@ -420,17 +398,12 @@ def test_autoencoders_that_do_not_fit(vae, images, here):
     assert "not a folder" in refused("encode", "no", "y.pt", "--vae", "vae")
     config = here / "vae" / "config.json"
     good = config.read_text()
-    for key, value in [("latent_channels", 3), ("norm_num_groups", 0), ("layers_per_block", 3),
-                       ("scaling_factor", "x"), ("scaling_factor", 0), ("latents_std", [0.0] * 4)]:
+    for key, value in [("latent_channels", 3), ("scaling_factor", 0), ("layers_per_block", 3)]:
         config.write_text(json.dumps({**json.loads(good), key: value}))
         wrong()
-    config.write_text("{")
-    wrong()
     config.write_text(good)
     weights, = (here / "vae").glob("*.safetensors")
     state = safetensors.load_file(weights)
-    weights.write_bytes(weights.read_bytes()[:-10])
-    wrong()
     weights.unlink()                                        # a pickle is not read
     torch.save(state, weights.with_suffix(".bin"))
     wrong()

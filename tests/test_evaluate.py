@@ -289,6 +289,7 @@ def test_a_checkpoint_measures_as_its_samples_do(world, run, tmp_path, flags, op
     assert found["rows"]["samples"] == pytest.approx(of_npz["rows"]["samples"], rel=1e-3)
     expected = dict(step=7, sampler="ddim", steps=3, eta=0.0, cfg_scale=2.0, seed=0, weights="ema")
     assert expected | options == {k: found[k] for k in expected}
+    assert [row["images"] for row in found["rows"].values()] == [30, 30]    # of 40 test images
     assert "warning" not in capfd.readouterr().err
 
 

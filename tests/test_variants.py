@@ -173,11 +173,6 @@ def test_attention_that_does_not_see_the_content():
     assert difference[:2, :2].all() and difference.sum() == 4
 
 
-def test_rope_needs_heads_that_four_divides():
-    with pytest.raises(ValueError, match="width / heads is 6, and 2-D RoPE needs a multiple of 4"):
-        ModernDiT(**SMALL | dict(hidden_size=12))
-
-
 # ---------------------------------------------------------------- parameters and multiply-adds
 
 CONDITIONING = [        # DiT figure 5 and table 4, DiT-XL/2: Gflops, millions of parameters

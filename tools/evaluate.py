@@ -290,7 +290,7 @@ def train_on_samples(samples: ImageSet, seed: int, train: ImageSet, test: ImageS
              for name, images in (("samples", samples), ("real", real))}
     say(f"Trained on the {len(samples.images):,} samples alone, a classifier reads "
         f"{found['samples']:.2%} of the {len(test.images):,} real test images; trained on "
-        f"{len(index):,} real ones, {found['real']:.2%}.")
+        f"{len(real.images):,} real ones, {found['real']:.2%}.")
     return found
 
 
