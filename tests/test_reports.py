@@ -409,6 +409,7 @@ def test_what_differs_at_resume_is_named(train, here, monkeypatch):
     line = resume()
     assert "own is not a folder" in line and "(the run's --dataset folder:own: name it" in line
     (own / "hound").rename(own / "dog")
+    own.rename(here / "moved")                          # the same images under another name
     gc.collect()
     assert train("--resume", "--out", here / "run", "--steps", 2, "--dataset",
-                 f"folder:{own}") == 0
+                 f"folder:{here / 'moved'}") == 0
