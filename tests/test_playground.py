@@ -223,14 +223,18 @@ class Page:
                           type="mouseReleased" if i else "mousePressed", **where)
 
 
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The playground, loaded from a local web server, with all its first results."""
     if not shutil.which("chromium"):
         pytest.skip("chromium is absent")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=PLAYGROUND)
-    handler.func.log_message = lambda *_: None
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(
+        QuietHandler, directory=PLAYGROUND))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         page = Page(tmp_path_factory.mktemp("chromium"))
@@ -299,3 +303,5 @@ def test_nothing_failed_and_nothing_came_from_elsewhere(page):
                 or event["method"] == "Log.entryAdded"
                 and event["params"]["entry"]["level"] == "error"]
     assert not failures, failures
+    for path in PLAYGROUND.glob("*.*"):             # the worker's requests are not among these
+        assert path == WEIGHTS or "://" not in path.read_text(), path
