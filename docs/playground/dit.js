@@ -64,10 +64,10 @@ function silu(x, count) {
   return x;
 }
 
-function gelu(x, count) {                                           // its tanh form
-  const factor = Math.sqrt(2 / Math.PI);
+function gelu(x, count) {               // its tanh form: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u))
+  const factor = -2 * Math.sqrt(2 / Math.PI);
   for (let i = 0; i < count; i++)
-    x[i] *= 0.5 * (1 + Math.tanh(factor * (x[i] + 0.044715 * x[i] ** 3)));
+    x[i] /= 1 + Math.exp(factor * (x[i] + 0.044715 * x[i] * x[i] * x[i]));
   return x;
 }
 
@@ -127,9 +127,9 @@ class Attention {
           }
           softmax(weights, row, N);
           for (let n = 0; n < d; n++) {
-            const v = b * N * 3 * D + 2 * D + h * d + n;
-            x[out + n] = 0;
-            for (let j = 0; j < N; j++) x[out + n] += weights[row + j] * qkv[v + j * 3 * D];
+            let sum = 0, v = b * N * 3 * D + 2 * D + h * d + n;
+            for (let j = 0; j < N; j++, v += 3 * D) sum += weights[row + j] * qkv[v];
+            x[out + n] = sum;
           }
         }
     return this.proj.forward(x, B * N);
