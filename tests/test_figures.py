@@ -246,52 +246,7 @@ def test_an_evaluation_is_read_as_evaluate_writes_it(here):
     Path("e.jsonl").write_text(json.dumps(json.loads(line(3)) | dict(rows=rows)))
     [point] = figures.read_evaluations(Path("e.jsonl"))
     assert point["samples"] == {k: rows["samples"][k] for k in figures.METRICS}
-    assert (point["cfg_scale"], point["images"], point["error"]) == (3, 40, 0.5 / 40)
-
-
-@pytest.fixture
-def runs(here):
-    """Two seeds of x0 and a run of v; x0-0 has evaluations of other settings, too."""
-    texts = {"x0-0": line(1, 0.9, 9) + line(1.5, 0.99, 2, 0.82) + line(2, 0.995, 3) + line(
-        2.5, 1.0, 5, 0.7) + line(1, 0.9, 7, images=50) + line(1, 0.9, 7, steps=5),
-             "x0-1": line(2, 0.997, 4) + line(1, 0.92, 8) + line(2.5, 1.0, 3.5),
-             "v": line(1, 0.8, 20, 0.75) + line(1.5, 0.98, 10, 0.7)}
-    for name, text in texts.items():
-        Path(name).mkdir()
-        Path(name, "e.jsonl").write_text(text)
-    return "x0=x0-0/e.jsonl", "x0=x0-1/e.jsonl", "v/e.jsonl"
-
-
-def test_quality_against_accuracy(runs):
-    figure = make("accuracy", *runs)
-    frechet, recall = figure.axes
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "x0 (2 runs)", "v", "real: test set"]
-    mean, thin, other, v, test = frechet.lines
-    assert points(thin) == [(0.1, 9), (0.01, 2), (0.005, 3), (0.0005, 5)]
-    assert points(other) == [(0.08, 8), (0.003, 4), (0.0005, 3.5)]
-    assert points(mean) == [(0.09, 8.5), (0.004, 3.5), (0.0005, 4.25)]
-    assert points(v) == [(0.2, 20), (0.02, 10)] and thin.get_lw() < mean.get_lw() == v.get_lw()
-    assert thin.get_color() == other.get_color() == mean.get_color() != v.get_color()
-    assert mean.get_marker() != v.get_marker() and thin.get_marker() == ""
-    assert [(text.get_text(), text.get_color(), tuple(text.xy)) for text in frechet.texts] == [
-        (scale, c.get_color(), point) for c, scales in ((mean, ("1", "2", "2.5")),
-                                                        (v, ("1", "1.5")))
-        for scale, point in zip(scales, points(c), strict=True)]
-    assert points(recall.lines[1])[1] == (0.01, 0.82)
-    assert set(test.get_ydata()) == {0.53} and set(recall.lines[-1].get_ydata()) == {0.871}
-    for axes in figure.axes:                                        # right is better
-        ticks = [tick.get_text() for tick in axes.get_xticklabels()]
-        assert ticks == ["80%", "90%", "95%", "98%", "99%", "99.5%", "99.8%", "99.9%", "100%"]
-        assert axes.get_xticks() == pytest.approx(
-            [0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005])
-        assert axes.get_xscale() == "log" and axes.get_xlim()[0] > 0.2 > axes.get_xlim()[1] > 0
-
-
-def test_runs_without_a_common_guidance_have_no_mean(here):
-    for name, scale in (("a", 1), ("b", 2)):
-        Path(name).write_text(line(scale, 0.9, 9) + line(scale + 4, 0.95, 8))
-    assert [len(points(c)) for c in make("accuracy", "x=a", "x=b").axes[0].lines[:3]] == [0, 2, 2]
+    assert (point["cfg_scale"], point["images"]) == (3, 40)
 
 
 # ---------------------------------------------------------------- training
@@ -341,7 +296,7 @@ def test_curves_of_quality_against_gflops(sizes, capsys):
     found = drawn(*sizes, "--x", "forward", "--y", "frechet")       # with 99% right, in 2 steps
     assert found["patch 7"] == [(small, 21 / 4), (wide, 24 / 4)]    # the mean of two seeds
     assert found["patch 14, adaln"] == [(p14, 26 / 4)] and len(found) == 2
-    assert f"DiT-Wide/7: {wide:.4g} Gflops, 6" in capsys.readouterr().out
+    assert f"DiT-Wide/7 (patch 7): {wide:.4g} Gflops, 6" in capsys.readouterr().out
     found = drawn(*sizes, "--x", "training", "--y", "frechet")      # three forwards of 8 images
     assert found["DiT-Test/7"] == [(24 * small, 21 / 2), (48 * small, 21 / 4)]
     assert found["DiT-Test/14, adaln"][1] == (48 * p14, 26 / 4)
@@ -398,23 +353,19 @@ def test_what_cannot_share_a_figure_is_refused(pair, train):
     assert "has no loss against --x sampling" in refused("curves", "small", "--x", "sampling")
 
 
-def test_files_that_are_no_evaluations(here):
-    pytest.importorskip("matplotlib")
+def test_files_that_are_no_evaluations(sizes):
+    file, flags = Path(sizes[0], "evaluations.jsonl"), ("curves", sizes[0], "--y", "frechet")
     damaged = json.loads(line(2)) | dict(rows={})
     for text in ("{", "[1]", json.dumps(damaged), 100_000 * "["):
-        Path("e.jsonl").write_text(line(1) + text)
-        assert "line 2" in refused("accuracy", "a=e.jsonl")
-    Path("e.jsonl").write_text(json.dumps(dict(images_from="x.npz")))
-    assert "no evaluation" in refused("accuracy", "e.jsonl")
-    Path("a").write_text(line(1))
-    Path("b").write_text(line(1, images=50))
-    assert "numbers of images" in refused("accuracy", "a=a", "b=b")
+        file.write_text(line(1) + text)
+        assert "line 2" in refused(*flags)
+    file.write_text(json.dumps(dict(images_from="x.npz")))
+    assert "no evaluation" in refused(*flags)
 
 
 def test_without_matplotlib_the_figures_that_need_it_say_so(train, monkeypatch):
     for name in [m for m in sys.modules if m.split(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    Path("e.jsonl").write_text(line(1) + line(2))
-    for flags in (["curves", "v"], ["accuracy", "e.jsonl"], ["timesteps"]):
+    for flags in (["curves", "v"], ["timesteps"]):
         assert "pip install matplotlib" in refused(*flags, "--out", "m.png")
     assert run("forward", *GLYPHS, "--times", 5, "--out", "x.png") == 0

@@ -4,7 +4,6 @@
     python -m tools.benchmark --against --sample 20     the published loop and sampler, and ours
     python -m tools.benchmark --model DiT-B/2 --image-size 32 --channels 4      latents of 256x256
     python -m tools.benchmark --busy 1 2                alone, and beside busy processes
-    python -m tools.benchmark --profile FILE.txt        where the time of some steps goes
 
 Every round times each row in turn, so that a machine that slows down, or is shared, slows them all;
 the speed-up is the median over the rounds of the ratio to the first row. So all rows are in memory
@@ -36,8 +35,7 @@ from diffusion import GaussianDiffusion, classifier_free_guidance
 from dit import MODELS, DiT
 from sample import Checkpoint, sample
 from support import compute, data, replay
-from support.command import (
-    COUNT, Parser, UserError, atomic_write, check_target, number, run_command, say, short)
+from support.command import COUNT, Parser, UserError, number, run_command, say
 from support.registry import PROCESSES
 from variants.count import count
 
@@ -220,26 +218,11 @@ def sampling(works: dict, args: Namespace) -> None:
          time_rounds(draws, args.rounds, IMAGES, args.device, args.busy))
 
 
-def profile(work: Ours, path: Path) -> None:
-    """Write torch.profiler's table, by the time of each operation itself."""
-    for _ in range(1 + replay.WARM_UP):
-        work()
-    with torch.profiler.profile() as profiler:
-        for _ in range(work.args.steps_per_round):
-            work()
-    kind = "device" if work.args.device.type == "cuda" else "cpu"
-    text = profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=40)
-    atomic_write(path, lambda file: file.write(text.encode()))
-    say(f"written: {short(path)}")
-
-
 # ---------------------------------------------------------------- the command
 
 
 def main(argv: list[str] | None = None) -> int:
     flags = parser().parse_args(argv)
-    if flags.profile:
-        check_target(flags.profile, suffix=".txt")
     flags.device = device = compute.pick_device(flags.device)
     if flags.compile:
         compute.pick_compile(True, device, None, 0, 0)                  # or refuse
@@ -255,13 +238,10 @@ def main(argv: list[str] | None = None) -> int:
     say(hardware(device), f"{args.model}, batch {args.batch_size} of {args.channels}x"
         f"{args.image_size}x{args.image_size}, {'' if args.compile else 'not '}compiled")
     try:
-        if flags.profile:
-            profile(Ours(args, args.best), flags.profile)
-        else:
-            works = comparisons(args)
-            training(works, args)
-            if flags.sample:
-                sampling(works, args)
+        works = comparisons(args)
+        training(works, args)
+        if flags.sample:
+            sampling(works, args)
     except ValueError as error:                 # the patch does not fit, say
         raise UserError(f"--model {args.model}: {error}") from None
     return 0
@@ -282,7 +262,6 @@ def parser() -> Parser:
     add("--against", action="store_true", help="also the published loop and sampler")
     add("--sample", type=number(int, 1, 1000), nargs="?", const=50, metavar="STEPS",
         help="also time guided sampling in STEPS steps (default: 50)")
-    add("--profile", type=Path, metavar="FILE.txt", help="write torch.profiler's table instead")
     add("--device", help="cuda, mps or cpu (default: the fastest available)")
     return p
 

@@ -7,10 +7,9 @@
     python -m tools.figures previews RUN                what a run drew at several steps
     python -m tools.figures x0hat CKPT_EPS CKPT_V       each model's estimate of the clean image
     python -m tools.figures timesteps                   alpha and sigma, and the t of training
-    python -m tools.figures accuracy NAME=FILE.jsonl... distance and recall against accuracy
     python -m tools.figures curves [NAME=]RUN...        loss or quality against steps or Gflops
 
-Each writes --out FILE.png, or a new numbered file under output/. The last three need matplotlib.
+Each writes --out FILE.png, or a new numbered file under output/. The last two need matplotlib.
 """
 
 import support.threads  # noqa: F401  (before torch)
@@ -247,9 +246,6 @@ METRICS = {"accuracy": "accuracy", "frechet": "Frechet distance", "precision": "
 # What makes two evaluations, apart from guidance, the same measurement
 SETTINGS = ("images_from", "weights", "images", "sampler", "steps", "eta", "guidance_interval",
             "autoguidance", "seed", "data_digest")
-ERRORS = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 5e-4, 2e-4, 1e-4)   # ticks
-
-
 def new_figure(**options):
     """A matplotlib Figure without a window. Raises UserError where matplotlib is not installed."""
     try:
@@ -260,18 +256,15 @@ def new_figure(**options):
 
 
 def read_evaluations(file: Path) -> list[dict]:
-    """The evaluations of checkpoints in an evaluations.jsonl: SETTINGS; METRICS of samples and of
-    as many test images; error: the share of wrong samples, of half a sample where none is."""
+    """The evaluations of checkpoints in an evaluations.jsonl: SETTINGS, and METRICS of samples."""
     points = []
     for i, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
         try:
             result = json.loads(line)
             if result.get("cfg_scale") is not None:         # else of an .npz
-                images, rows = int(result["rows"]["samples"]["images"]), {
-                    row: {metric: float(result["rows"][row][metric]) for metric in METRICS}
-                    for row in ("samples", "test")}
-                error = max(1 - rows["samples"]["accuracy"], 0.5 / images)
-                points.append(dict(result, images=images, error=error, **rows))
+                row = result["rows"]["samples"]
+                points.append(dict(result, images=int(row["images"]), samples={
+                    metric: float(row[metric]) for metric in METRICS}))
         except checkpoints.ANY_ERROR:
             raise UserError(f"{file}, line {i} is no line of tools.evaluate") from None
     if not points:
@@ -295,60 +288,6 @@ def log_ticks(axis) -> None:
     low, high = axis.get_view_interval()
     axis.set(major_locator=LogLocator(subs=(1, 2, 3, 5) if high < 500 * low else (1,)),
              major_formatter="{x:,.10g}", minor_locator=NullLocator())
-
-
-def accuracy(args: Namespace):
-    """Frechet distance and recall against accuracy, which guidance varies: a curve for each name,
-    the mean of its runs, each of which is a thin line."""
-    figure, runs = new_figure(figsize=(10, 4.2)), {}        # name -> curves
-    for text in args.runs:
-        name, _, file = text.rpartition("=")
-        name = name or Path(file).resolve().parent.name
-        runs.setdefault(name, []).append(
-            max(by_guidance(read_evaluations(Path(file))), key=len))
-    points = [p for curves in runs.values() for curve in curves for p in curve]
-    if len({p["images"] for p in points}) > 1:
-        raise UserError("these runs were evaluated with different numbers of images")
-    none, errors = 0.5 / points[0]["images"], [p["error"] for p in points]
-    low, high = 1.2 * max(errors), 0.8 * min(errors)
-    ticks = {e: f"{100 * (1 - e):g}%" for e in ERRORS if low > e > max(high, 1.5 * none)}
-    ticks |= {none: "100%"} if high < none else {}
-    for metric, axes in zip(("frechet", "recall"), figure.subplots(1, 2), strict=True):
-        axes.set_prop_cycle(color=COLOURS, marker=MARKERS)
-        axes.margins(y=0.1)
-        for i, (name, curves) in enumerate(runs.items()):
-            place = dict(xytext=(4, 5)) if i % 2 else dict(xytext=(-4, -12), ha="right")
-            draw_runs(axes, name, curves, metric, place)
-        for i, value in enumerate(sorted({p["test"][metric] for p in points})):
-            axes.axhline(value, color="black", ls="--", lw=0.9,
-                         label=None if i else "real: test set")
-        axes.set(xscale="log", xlim=(low, high), xlabel="accuracy",
-                 ylabel=METRICS[metric])
-        axes.set_xticks(list(ticks), ticks.values(), fontsize=9)
-        axes.set_xticks([], minor=True)
-        axes.grid(alpha=0.3)
-        if metric == "frechet":
-            axes.set_yscale("log")
-            log_ticks(axes.yaxis)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center",
-                  ncols=len(runs) + 1)
-    return figure
-
-
-def draw_runs(axes, name: str, curves: list[list[dict]], metric: str, place: dict) -> None:
-    """The mean of runs at each guidance that all of them have, with the guidances beside it; thin,
-    each run where there are several."""
-    runs = [{p["cfg_scale"]: (p["error"], p["samples"][metric]) for p in curve} for curve in curves]
-    mean = {scale: np.mean([run[scale] for run in runs], axis=0) for scale in runs[0]
-            if all(scale in run for run in runs)}
-    line, = axes.plot(*np.reshape(list(mean.values()), (-1, 2)).T, lw=2, ms=5,
-                      label=name + f" ({len(runs)} runs)" * (len(runs) > 1))
-    for scale, point in mean.items():
-        axes.annotate(f"{scale:g}", point, color=line.get_color(), fontsize=9, zorder=1.5,
-                      textcoords="offset points", **place)
-    for run in runs if runs[1:] else ():
-        axes.plot(*np.transpose(list(run.values())), lw=0.7, marker="", zorder=1,
-                  color=line.get_color())
 
 
 # ---------------------------------------------------------------- training (matplotlib)
@@ -420,7 +359,7 @@ def curves(args: Namespace):
                   linestyle="-" if dots else STYLES[j % len(STYLES)])
         shown += [place for place in zip(x, y, strict=True) if dots or place[0] > max(x) / 20]
         for place in zip(x, y, models, strict=True) if args.x == "forward" else ():
-            say("{2}: {0:.4g} Gflops, {1:.4g}".format(*place))
+            say("{2} ({3}): {0:.4g} Gflops, {1:.4g}".format(*place, label))
             axes.annotate(place[2].removeprefix("DiT-"), place[:2], xytext=(0, 6), fontsize=8,
                           textcoords="offset points", ha="center")
     for axis, values in zip((axes.xaxis, axes.yaxis), np.transpose(shown), strict=True):
@@ -519,7 +458,6 @@ def parser() -> Parser:
 
     checkpoint = ("checkpoint", "?", "CKPT", "a checkpoint or a run folder (default: the newest "
                   "under output/, else the one that ships)")
-    lines = "evaluations.jsonl of a run"
     add(forward, (), 1, (0, *range(100, 1000, 100), 999))
     add(x0hat, ("checkpoints", "+", "CKPT", "checkpoints or run folders"), 2,
         (999, 950, 900, 800, 600, 400, 200, 50))
@@ -532,8 +470,6 @@ def parser() -> Parser:
     add(previews, ("run", None, "RUN", "a run folder")).add_argument(
         "--steps", type=COUNT, nargs="+", default=[100, 300, 500, 1000, 4000], metavar="N",
         help="(default: 100 300 500 1000 4000, with --preview-every 100)")
-    add(accuracy, ("runs", "+", "NAME=FILE.jsonl", lines + " and the name of its curve; runs of "
-                   "one name are seeds of it"))
     add(timesteps)
     sub = add(curves, ("runs", "*", "[NAME=]RUN", "run folders (default: the newest)"))
     sub.add_argument("--x", choices=AXES, default="steps", help="(default: steps)")
