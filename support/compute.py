@@ -117,6 +117,8 @@ def pick_compile(wanted: bool | None, device: torch.device, model: nn.Module, ba
         activations = batch_size * tokens * len(getattr(model, "blocks", ()))
         worth = steps * (constant + share * activations) > seconds
     if not (worth if wanted is None else wanted):
+        if wanted is None and device.type in COMPILING:
+            say("not compiled: in a run of this length it would take more time than it saves")
         return False
     say("compiling: the first step takes up to a minute")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)      # "no GPU found"

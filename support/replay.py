@@ -1,11 +1,10 @@
 """One CUDA graph a step: what a function launches, captured once and replayed.
 
-A step launches over a thousand small kernels. Launched one by one from Python, those of DiT-Nano/7
-take 16 ms on an H200, which waits for the host most of the time; as one graph 2 ms
-(docs/experiments.md, "On a GPU"). A graph repeats the same kernels on the same memory: whatever
-changes from step to step has to be in a tensor that the graph reads, and nothing in it may wait for
-the device. So inputs are copied into tensors of the graph's own, learning rates and the EMA's decay
-become tensors, and results are copied out.
+A step launches over a thousand small kernels, and the GPU waits for Python: DiT-Nano/7 takes 16 ms
+on an H200, as one graph 2 ms (docs/experiments.md, "On a GPU"). A graph repeats the same kernels on
+the same memory: whatever changes from step to step has to be in a tensor that it reads, and nothing
+in it may wait for the device. So inputs are copied into tensors of its own, learning rates and the
+EMA's decay become tensors, and results are copied out.
 """
 
 from collections.abc import Callable
@@ -19,8 +18,8 @@ WARM_UP = 3         # calls before capturing: they create optimizer states, comp
 
 
 def capture(function: Callable, inputs: tuple[Tensor, ...]) -> Callable:
-    """function(*inputs), which returns a tensor or a tuple of them, as a graph. Capturing computes
-    nothing. Raises RuntimeError where the function waits for the device."""
+    """function(*inputs), which returns a tensor or a tuple of them, as a graph. Nothing is computed
+    yet. Raises RuntimeError where the function waits for the device."""
     own = [x.clone() for x in inputs]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -72,8 +71,7 @@ class Replayed:
 
 
 def replayed_step(step: Callable, optimizers: list, device: torch.device) -> Callable:
-    """A training step as one graph. Learning rates become tensors, which
-    `compute.set_learning_rates` fills."""
+    """A training step as one graph. Learning rates become tensors: `compute.set_learning_rates`."""
     for opt in optimizers:
         muon = isinstance(opt, torch.optim.Muon)            # AdamW's kernel reads float32
         for group in opt.param_groups:
@@ -82,8 +80,4 @@ def replayed_step(step: Callable, optimizers: list, device: torch.device) -> Cal
                                      dtype=torch.float64 if muon else torch.float32)
             group["capturable"] = True
 
-    def clean_up() -> None:
-        for opt in optimizers:
-            opt.zero_grad()
-
-    return Replayed(step, device, clean_up)
+    return Replayed(step, device, lambda: [opt.zero_grad() for opt in optimizers])
