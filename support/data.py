@@ -278,26 +278,29 @@ def folder_files(root: Path) -> tuple[list[tuple[Path, int]], list[str], int]:
     inside = [path for path in sorted(root.iterdir()) if not path.name.startswith(HIDDEN)]
     classes = [path for path in inside if path.is_dir()]
     ending = lambda path: path.suffix.lower() or "without ending"
-    left_out = Counter(f"{ending(path)} beside the class folders" for path in inside
-                       if not path.is_dir())
+    notes = Counter(f"{ending(path)} beside the class folders (left out)" for path in inside
+                    if not path.is_dir())
     seen = {path.resolve() for path in (root, *classes)}        # by files_in
-    files, deep, largest, stacks = [], 0, 0, 0
+    files, largest, deep = [], 0, "of more than 8 bits"
     for label, path in tqdm([(label, path) for label, folder in enumerate(classes)
                              for path in files_in(folder, seen)], "finding images", **BAR):
         try:
             with Image.open(path) as image:
                 if image.mode[0] in "IF":
-                    deep, largest = deep + 1, max(largest, int(image.getextrema()[1]))
-                stacks += getattr(image, "is_animated", False)
+                    largest = max(largest, int(image.getextrema()[1]))
+                    notes[deep] += 1
+                if getattr(image, "is_animated", False):
+                    notes["of several images (the first is taken)"] += 1
         except UnidentifiedImageError:
-            left_out[ending(path)] += 1
+            notes[f"{ending(path)} (left out)"] += 1
             continue
         except Exception:                   # open_image names the reason
             pass
         files.append((path, label))
-    if left_out:
-        kinds = [f"{count} {kind}" for kind, count in left_out.most_common()]
-        warn(f"left out in {root}: {', '.join(kinds)}")
+    white = max(1, 2 ** largest.bit_length() - 1)
+    if notes:
+        kinds = [f"{count} {kind}" for kind, count in notes.most_common()]
+        warn(f"files in {root}: {', '.join(kinds)}" + f"; white is {white}" * (deep in notes))
     if not files:
         raise UserError(f"{root} has no images: folder:PATH needs PATH/<class name>/<images>")
     if empty := set(range(len(classes))) - {label for _, label in files}:
@@ -306,11 +309,6 @@ def folder_files(root: Path) -> tuple[list[tuple[Path, int]], list[str], int]:
     if odd := [f.name for f in classes if f not in parents or f.name.lower() in SPLITS]:
         warn(f"classes that hold folders alone or are named like splits: {', '.join(odd[:5])}. If "
              f"the classes are one level deeper: --dataset folder:{root}/<one of these>")
-    if stacks:
-        warn(f"files of several images, of which the first is taken: {stacks}")
-    white = max(1, 2 ** largest.bit_length() - 1)
-    if deep:
-        say(f"{deep} images of more than 8 bits: 0 to {white} becomes 0 to 255")
     return files, [folder.name for folder in classes], white
 
 

@@ -58,14 +58,10 @@ def save_picture(path: Path, picture: Image.Image) -> None:
 
 
 def side_by_side(pages: list[Image.Image], gap: int = 12) -> Image.Image:
-    """Pictures in one row."""
-    row = Image.new("RGB", (sum(p.width + gap for p in pages) - gap,
-                            max(p.height for p in pages)), "white")
-    left = 0
-    for page in pages:
-        row.paste(page, (left, 0))
-        left += page.width + gap
-    return row
+    """Pictures of one height in a row."""
+    space = np.full((pages[0].height, gap, 3), 255, np.uint8)
+    parts = [part for page in pages for part in (np.asarray(page), space)]
+    return Image.fromarray(np.hstack(parts[:-1]))
 
 
 def animation(pages: list[Image.Image], milliseconds: int = 120) -> bytes:
