@@ -8,7 +8,7 @@ set -uo pipefail
 data=$(realpath "${1:?usage: bash tools/gpu.sh DATA_DIR OUT_DIR}") || exit 1
 out=$(realpath -m "${2:?usage: bash tools/gpu.sh DATA_DIR OUT_DIR}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.." && mkdir -p "$out" || exit 1
-device=(--device "${DEVICE:-cuda}") run=${RUN:-output/gpu}
+device=(--device "${DEVICE:-cuda}") run=output/gpu
 failed="" short="" quick="" lengths="2400 4000"
 against=(-m tools.benchmark "${device[@]}" --against --sample 20 --rounds 6)
 if [ -n "${STEPS:-}" ]; then
@@ -21,7 +21,7 @@ part() {    # part NAME SECONDS ARGUMENTS...: run Python with them under a time 
     [[ " ${PARTS:-$name} " == *" $name "* ]] || return
     echo "== $name: at most $limit s: python ${*:3}"
     # SIGINT: training saves a checkpoint, and ends
-    timeout --foreground -s INT -k 10 "$limit" "${PYTHON:-python}" "${@:3}" || failed+=" $name"
+    timeout --foreground -s INT -k 10 "$limit" python "${@:3}" || failed+=" $name"
     echo "== $name: $((SECONDS - since)) s"
 }
 
