@@ -127,8 +127,8 @@ def x0hat(args: Namespace) -> Image.Image:
     kinds = [m.diffusion.prediction for m in models]
     names, blocks = ["xt"], [torch.stack([*xts, x0], dim=1)]            # (N, columns, C, H, H)
     for m, name in zip(models, kinds, strict=True):
-        run = m.path.resolve().parent.name if m.path.stem.startswith("step_") else m.path.stem
-        name += f", {run}" * (kinds.count(name) > 1)
+        folder = f"{m.path.resolve().parent.name}/" * m.path.stem.startswith("step_")
+        name += f", {folder}{m.path.stem}" * (kinds.count(name) > 1)
         predict = classifier_free_guidance(m.model, y, cfg_scale=1)
         found = [m.diffusion.denoise(predict, xt, t, clip=False)[0]
                  for t, xt in zip(args.times, xts, strict=True)]
