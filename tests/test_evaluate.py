@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -241,19 +240,6 @@ def test_real_images_measure_as_real_ones_and_bad_ones_do_not(world, tmp_path):
     assert rows["samples"]["frechet"] > 3 * rows["test"]["frechet"]
     assert rows["samples"]["accuracy"] < 0.4 < 0.8 < rows["test"]["accuracy"]
     assert rows["samples"]["recall"] < rows["test"]["recall"] - 0.1
-
-
-def test_trained_on_samples_alone(world, capsys):
-    train, test = some("train", world), some("test", world)
-    same = evaluate.train_on_samples(train, 0, train, test, STEPS, CPU)
-    assert min(same.values()) > 0.6
-    shuffled = replace(train, labels=train.labels[torch.randperm(360)])
-    found = evaluate.train_on_samples(shuffled, 0, train, test, STEPS, CPU)
-    assert found["samples"] < 0.4 < 0.6 < found["real"] == same["real"]
-    few = evaluate.class_balanced_order(train.labels, 7, "any")[:100]       # as many real ones
-    few = replace(train, images=train.images[few], labels=train.labels[few])
-    evaluate.train_on_samples(few, 0, train, test, 2, CPU)
-    assert "trained on 100 real ones" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- the command, on a checkpoint

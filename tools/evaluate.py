@@ -4,7 +4,6 @@
     python -m tools.evaluate CKPT --images 10000 --cfg-scale 1.5
     python -m tools.evaluate CKPT_A CKPT_B samples.npz  a table each; an .npz of any model:
                                                         arr_0 uint8 (N, H, H, C), arr_1 labels
-    python -m tools.evaluate CKPT --train-on-samples    also train a classifier on samples alone
 
 A classifier of the real images, the ruler, measures: for MNIST the one in assets/, for any other
 data set one trained on it, once, and kept in output/cache/. The results are appended to
@@ -128,14 +127,11 @@ def train_ruler(images: ImageSet, test: ImageSet, seed: int, device: torch.devic
     return ruler, about | dict(test_images=len(predicted), test_accuracy=accuracy)
 
 
-def steps_for(images: ImageSet) -> int:
-    return max(MIN_STEPS, EPOCHS * len(images.images) // BATCH_SIZE)
-
-
 def find_ruler(images: ImageSet, test: ImageSet, device: torch.device) -> tuple[Ruler, dict, Path]:
     """(the ruler of a data set, its metadata, its file): the one that ships if it was trained on
     exactly these images, else the one under output/cache, else a new one, stored there."""
-    wanted = dict(digest=images.digest(), steps=steps_for(images))
+    steps = max(MIN_STEPS, EPOCHS * len(images.images) // BATCH_SIZE)
+    wanted = dict(digest=images.digest(), steps=steps)
     own = command.OUTPUT / "cache" / f"ruler-{wanted['digest']}.pt"
     for path in filter(Path.is_file, (SHIPPED, own)):
         state = checkpoints.read_archive(path)
@@ -143,7 +139,7 @@ def find_ruler(images: ImageSet, test: ImageSet, device: torch.device) -> tuple[
             ruler = Ruler(about["in_channels"], about["num_classes"])
             ruler.load_state_dict(state["weights"])
             return ruler.eval().to(device, memory_format=torch.channels_last), about, path
-    ruler, about = train_ruler(images, test, 0, device, wanted["steps"])
+    ruler, about = train_ruler(images, test, 0, device, steps)
     weights = {name: w.cpu().contiguous().half() if w.is_floating_point() else w.cpu()
                for name, w in ruler.state_dict().items()}
     store(own, dict(about=about, weights=weights), f"the ruler of {images.name}")
@@ -279,21 +275,6 @@ def report(samples: Features, train: Features, test: Features, seed: int, device
     return rows
 
 
-def train_on_samples(samples: ImageSet, seed: int, train: ImageSet, test: ImageSet, steps: int,
-                     device: torch.device) -> dict:
-    """The test accuracy of a classifier that has seen samples alone (Ravuri & Vinyals, arXiv
-    1905.10887), and that of one trained on as many real images (class-balanced). Both have the
-    ruler's architecture and recipe, for `steps` steps."""
-    index = class_balanced_order(train.labels, seed, "real")[:len(samples.images)]
-    real = replace(train, images=train.images[index], labels=train.labels[index])
-    found = {name: train_ruler(images, test, seed, device, steps)[1]["test_accuracy"]
-             for name, images in (("samples", samples), ("real", real))}
-    say(f"Trained on the {len(samples.images):,} samples alone, a classifier reads "
-        f"{found['samples']:.2%} of the {len(test.images):,} real test images; trained on "
-        f"{len(real.images):,} real ones, {found['real']:.2%}.")
-    return found
-
-
 # ---------------------------------------------------------------- what is measured
 
 
@@ -335,7 +316,7 @@ def from_checkpoint(path: Path, args: Namespace, device: torch.device) -> tuple:
     steps = how["steps"] or checkpoint.diffusion.num_timesteps
     say(f"{short(path)}: step {checkpoint.step:,}, {args.weights}, {how['sampler']}, {steps} steps,"
         f" guidance {how['cfg_scale']:g}, seed {args.seed}")
-    y = torch.arange(args.images or (10_000 if args.train_on_samples else 1000)) % classes
+    y = torch.arange(args.images or 1000) % classes
     with tqdm(total=len(y) * steps, desc="sampling", unit="image-step", unit_scale=True,
               dynamic_ncols=True) as bar:
         images = torch.cat([data.to_uint8(batch).cpu() for batch in sample(
@@ -387,9 +368,6 @@ def main(argv: list[str] | None = None) -> int:
         result = dict(images_from=short(path), seed=args.seed, **about, dataset=train.name,
                       data_digest=train.digest(), ruler=file.name, device=device.type,
                       torch=torch.__version__, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), rows=rows)
-        if args.train_on_samples:
-            result["train_on_samples"] = train_on_samples(samples, args.seed, train, test,
-                                                          steps_for(train), device)
         folder = path.parent if path in checkpoints.checkpoints_in(path.parent) else command.OUTPUT
         target = folder / "evaluations.jsonl"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -404,11 +382,8 @@ def parser() -> Parser:
     p.add_argument("files", nargs="*", metavar="CKPT|FILE.npz", help="checkpoints, run folders and "
                    "arrays (default: the newest checkpoint under output/, else the one that ships)")
     p.add_argument("--images", type=number(int, MIN_IMAGES, 1_000_000), metavar="N",
-                   help="images to measure (default: 1000 samples of a checkpoint, 10000 with "
-                   "--train-on-samples; all of an .npz)")
+                   help="images to measure (default: 1000 samples of a checkpoint; all of an .npz)")
     p.add_argument("--seed", type=SEED, default=0, help="of all random choices (default: 0)")
-    p.add_argument("--train-on-samples", action="store_true", help="also the test accuracy of the "
-                   "ruler's architecture trained on these images alone, and on as many real ones")
     p.add_argument("--dataset", help="the real images: mnist, fashion_mnist, cifar10, celeba, "
                    "glyphs or folder:PATH (default: the checkpoint's, else mnist)")
     p.add_argument("--data-dir", metavar="DIR", help="where the data set is, or is downloaded to "
