@@ -11,9 +11,8 @@ evaluations.jsonl in the run folder, else in output/.
 
 Numbers mean little alone, so the table has a baseline: as many images of the test set,
 class-balanced as the samples are. (The ruler has seen the training set, which inflates the test
-set's Frechet distance somewhat.) Grain, of grey images, is the share of pixels from 8 to 24 of 255,
-a faint noise that the classifier cannot detect. Nearest: the distance to the nearest training
-image, median and 1% quantile; 0 for a copy.
+set's Frechet distance somewhat.) Nearest: the distance to the nearest training image, median and 1%
+quantile; 0 for a copy.
 """
 
 import support.threads  # noqa: F401  (before torch)
@@ -45,7 +44,7 @@ EPOCHS, BATCH_SIZE, LR = 6, 128, 4e-3           # 99.6% accuracy on MNIST's test
 MIN_STEPS, MIN_IMAGES = 300, 10                 # for a small data set
 MAX_NEIGHBOURS, MAX_NEAREST = 10_000, 2_000     # images in precision and recall; in nearest
 COLUMNS = {"images": ",", "accuracy": ".2%", "Frechet": ".2f", "precision": ".3f",
-           "recall": ".3f", "nearest": ".2f", "(1%)": ".2f", "grain": ".1%"}
+           "recall": ".3f", "nearest": ".2f", "(1%)": ".2f"}
 
 # ---------------------------------------------------------------- the ruler
 
@@ -248,30 +247,26 @@ def measure(x: Features, reference: Features, seed: int, device: torch.device) -
     chosen = torch.randperm(len(reference.images), generator=rng)[:size]
     near, real = (f.to(device).double() for f in (x.features[:size], reference.features[chosen]))
     copied = nearest_distances(x.images[:MAX_NEAREST], reference.images, device)
-    row = dict(images=len(x.images),
-               accuracy=(x.predicted == x.labels).double().mean().item(),
-               frechet=frechet(moments(x.features, x.labels),
-                               moments(reference.features, reference.labels)),
-               precision=share_inside(near, real), recall=share_inside(real, near),
-               nearest=copied.quantile(0.5).item(), nearest_q01=copied.quantile(0.01).item())
-    if x.images.shape[1] == 1:
-        row["grain"] = ((x.images >= 8) & (x.images <= 24)).double().mean().item()
-    return row
+    return dict(images=len(x.images),
+                accuracy=(x.predicted == x.labels).double().mean().item(),
+                frechet=frechet(moments(x.features, x.labels),
+                                moments(reference.features, reference.labels)),
+                precision=share_inside(near, real), recall=share_inside(real, near),
+                nearest=copied.quantile(0.5).item(), nearest_q01=copied.quantile(0.01).item())
 
 
 def report(samples: Features, train: Features, test: Features, seed: int, device: torch.device
            ) -> dict[str, dict]:
     """The rows of the table, printed as they are measured: the samples, and as many images of the
     test set, or as there are, class-balanced."""
-    columns = list(COLUMNS.items())[:None if samples.images.shape[1] == 1 else -1]
-    say("", " " * 15 + "".join(f"{name:>10}" for name, _ in columns))
+    say("", " " * 15 + "".join(f"{name:>10}" for name in COLUMNS))
     rows = {}
     for name, x in ("samples", samples), ("test", test):
         order = class_balanced_order(x.labels, seed, name)[:len(samples.images)]
         rows[name] = measure(x.take(order), train, seed, device)
         title = name if name == "samples" else "real: test set"
-        say(f"{title:15}" + "".join(f"{value:>10{form}}" for value, (_, form) in
-                                    zip(rows[name].values(), columns, strict=True)))
+        say(f"{title:15}" + "".join(f"{value:>10{form}}" for value, form in
+                                    zip(rows[name].values(), COLUMNS.values(), strict=True)))
     return rows
 
 
