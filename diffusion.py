@@ -178,10 +178,10 @@ class GaussianDiffusion:
         """`ddpm_sample` in fewer steps: Song et al., arXiv 2010.02502, eq. 12 and 16.
 
         Training fixes only how noisy each xt is, not how consecutive xt relate. So a step may go
-        from t straight to any earlier t_next (from t = 0 to -1: the image). It mixes x0_hat and
-        eps_hat in t_next's proportions; both change little, and few large steps suffice. New noise
-        of variance eta^2 (1 - bar_next) / (1 - bar) (1 - bar / bar_next), bar = alpha_bar, replaces
-        as much of eps_hat's: eta = 0 adds none (xT decides), eta = 1 over all timesteps is DDPM.
+        from t straight to any earlier t_next (from t = 0 to -1: the image): it mixes x0_hat and
+        eps_hat in t_next's proportions. New noise of variance
+        eta^2 (1 - bar_next) / (1 - bar) (1 - bar / bar_next), bar = alpha_bar, replaces as much
+        of eps_hat's: eta = 0 adds none (xT decides), eta = 1 over all timesteps is DDPM.
         Yields (t, x_next, x0_hat) for each t of `ddim_timesteps(steps)`."""
         noise = noise or (lambda t: torch.randn_like(xT))
         xt, timesteps = xT, self.ddim_timesteps(steps)

@@ -212,8 +212,8 @@ class DiT(nn.Module):
     x is float32; t holds integers or fractions in 0..999; y integers in 0..num_classes, where
     `null_class` = num_classes means "no class" (classifier-free guidance). Returns float32
     (B, C, H, H); with `learn_sigma`, (B, 2C, H, H), the second half being the variance channels
-    of Nichol & Dhariwal (arXiv 2102.09672). Any C, any H that patch_size divides.
-    Raises ValueError for sizes that do not fit together; `forward` asserts the shape of x.
+    of Nichol & Dhariwal (arXiv 2102.09672). Any in_channels, any input_size that patch_size
+    divides. Raises ValueError for sizes that do not fit together; `forward` asserts x's shape.
     """
 
     block, final = DiTBlock, FinalLayer         # variants/ has others
@@ -259,7 +259,7 @@ class DiT(nn.Module):
         embeddings: the published code.
         """
         linear = [m for m in self.modules() if isinstance(m, nn.Linear)]
-        for layer in (*linear[1:], linear[0]):  # this order: a seed goes on giving its weights
+        for layer in (*linear[1:], linear[0]):  # x_embedder last: old seeds keep their weights
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         for layer in (self.y_embedder.embedding_table, *self.t_embedder.mlp[::2]):
@@ -277,8 +277,8 @@ class DiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)                 # (B, D)
         for block in self.blocks:
             x = block(x, c)                                         # (B, N, D)
-        with torch.autocast(x.device.type, enabled=False):          # bf16 has 8 bits: too few for
-            x = self.final_layer(x.float(), c.float())              # pixels. (B, N, p*p*C_out)
+        with torch.autocast(x.device.type, enabled=False):          # bf16 keeps 8 bits, too few
+            x = self.final_layer(x.float(), c.float())              # for pixels. (B, N, p*p*C_out)
         return unpatchify(x, self.patch_size, self.out_channels)    # (B, C_out, H, H)
 
 

@@ -27,7 +27,7 @@ from support.muon import BatchedMuon
 from support.registry import NETWORKS, PROCESSES
 from support.run import Run
 
-SAMPLING = dict(sampler="ddim", steps=25, eta=0.0)      # sample.py's defaults, with cfg_scale
+SAMPLING = dict(sampler="ddim", steps=25, eta=0.0)      # the checkpoint's, with cfg_scale
 
 # Measured: docs/experiments.md, "The recipe". Each value is the default of a flag.
 RECIPE = dict(
@@ -72,7 +72,7 @@ def train(model: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimiz
     args = run.args
     net = prepare(model, run.device, run.precision, run.compiled)   # mixed precision, compiler ...
     update = run.replayed(partial(training_step, net, ema, optimizers, diffusion, run.scaler,
-                                  args.clip or float("inf")))       # on a GPU: one graph a step
+                                  args.clip or float("inf")))       # on one GPU: a CUDA graph
     for step in run.steps():                                    # saves and previews in between
         rng = run.random(step)                                  # a function of --seed and step
         x0, y = batches(step)                                   # (B, C, H, H) in [-1, 1]; (B,)
@@ -90,7 +90,7 @@ def train(model: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimiz
 def training_step(net, ema, optimizers, diffusion, scaler, clip: float, x0: Tensor, t: Tensor,
                   y: Tensor, eps: Tensor, ema_decay: float | Tensor) -> tuple[Tensor, Tensor]:
     """One update of net and ema, in place. Returns the loss of each image (B,) and the norm of the
-    gradient before clipping. scaler changes nothing but fp16, whose small gradients it saves."""
+    gradient before clipping. scaler: of fp16 alone, whose small gradients would become 0."""
     loss = diffusion.loss(net, x0, t, y, eps)                   # (B,)
     scaler.scale(loss.mean()).backward()
     for opt in optimizers:

@@ -304,8 +304,8 @@ def timesteps(args: Namespace):
     """alpha and sigma over t, and how often training draws each t, relative to uniform t."""
     diffusion, figure = GaussianDiffusion(), new_figure(figsize=(9, 3))
     tables, draws = panels = figure.subplots(1, 2)
-    tables.plot(diffusion.alpha, color=COLOURS[0], label="alpha: share of the image")
-    tables.plot(diffusion.sigma, color=COLOURS[1], ls="--", label="sigma: share of the noise")
+    tables.plot(diffusion.alpha, color=COLOURS[0], label="alpha: factor of the image")
+    tables.plot(diffusion.sigma, color=COLOURS[1], ls="--", label="sigma: factor of the noise")
     T, bounds = diffusion.num_timesteps, diffusion.noise_level_bounds.tolist()
     for (name, level), colour, style in zip(NOISE_LEVELS.items(), COLOURS, STYLES, strict=False):
         density = T * np.diff([0, *map(NormalDist(*level).cdf, bounds), 1])
