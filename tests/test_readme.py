@@ -28,7 +28,8 @@ STAND_INS = {**dict.fromkeys("BGMNSX", "1"), "NAME": "dit", "conv": "dit", "cosi
 
 def commands(text: str) -> list[str]:
     """Inline and in blocks, where a line that ends in a backslash continues."""
-    inline = re.findall(r"`((?:python3?|torchrun) [^`\n]+)`", text)
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    inline = [" ".join(c.split()) for c in re.findall(r"`((?:python3?|torchrun)\s[^`]+)`", prose)]
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)).replace("\\\n", " ")
     return inline + [line for line in blocks.splitlines() if line and not line.startswith("#")]
 
@@ -53,7 +54,8 @@ def parse(script: str, *rest: str) -> None:
     elif script == "-m" and rest[0] == "pytest":
         assert all((ROOT / word).exists() for word in rest if word.startswith("tests/")), rest
     elif script != "-c":
-        assert [script, *rest[:1]] in (["dit.py"], ["diffusion.py"], ["-m", "venv"])
+        assert [script, *rest[:1]] in (["dit.py"], ["diffusion.py"], ["-m", "venv"],
+                                         ["-m", "http.server"])
 
 
 @EACH
