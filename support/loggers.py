@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from support.command import UserError, reason, warn
+from support.command import UserError
 
 
 def open_logger(name: str, folder: Path, config: dict, start: int):
@@ -60,19 +60,3 @@ class WandB:
 
     def close(self) -> None:
         self.run.finish()
-
-
-class Guarded:
-    """A logger that, where it fails (its disk, its network), is left out with a warning; None does
-    nothing."""
-
-    def __init__(self, logger):
-        self.logger = logger
-
-    def __call__(self, method: str, *args) -> None:
-        try:
-            if self.logger is not None:
-                getattr(self.logger, method)(*args)
-        except Exception as error:
-            self.logger = None
-            warn(f"--logger failed ({reason(error)}): training continues without it")

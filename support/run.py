@@ -12,7 +12,6 @@ import shlex
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -57,8 +56,8 @@ class Run:
         self.start = self.done = self.resumed["step"] if self.resumed else 0
         self.stop = min(args.steps, self.start + (args.stop_after or args.steps))
         self.pending: list[tuple] = []      # (loss, t, grad_norm, lr) of each step, on the device
-        self.unwritten, self.recent, self.saved = "", deque(maxlen=RECENT), None
-        self.signal, self.logger = 0, loggers.Guarded(None)
+        self.unwritten, self.saved = "", None
+        self.signal, self.logger = 0, None
 
     def find_start(self) -> dict | None:
         """The checkpoint that --resume asks for, whose folder is then locked. On rank 0."""
@@ -143,8 +142,6 @@ class Run:
                 f"continues it")
             return
         self.folder = broadcast_from_rank0(self.open_folder)
-        if self.args.logger != "none":
-            broadcast_from_rank0(self.open_logger)
         args, about, size = self.args, self.about_data, sum(p.numel() for p in model.parameters())
         side, kinds = about["image_size"], len(class_names)
         say(f"{args.model} on {about['dataset']} ({about['images']:,} images, {about['channels']}x"
@@ -183,12 +180,9 @@ class Run:
         for name, text in (("config.json", json.dumps(self.config, indent=1) + "\n"),
                            ("metrics.jsonl", record)):
             atomic_write(folder / name, lambda file, text=text: file.write(text.encode()))
-        self.recent.extend(row["loss"] for row in rows.values() if "loss" in row)
+        if self.args.logger != "none":
+            self.logger = loggers.open_logger(self.args.logger, folder, self.config, self.start)
         return folder
-
-    def open_logger(self) -> None:
-        self.logger = loggers.Guarded(loggers.open_logger(
-            self.args.logger, self.folder, self.config, self.start))
 
     def finish(self) -> int:
         """Disconnect the processes and print the summary. Returns the exit status."""
@@ -203,18 +197,18 @@ class Run:
         if self.saved != self.done:
             raise UserError(f"step {self.done} could not be saved; the last checkpoint is {newest}",
                             status=1)
+        rows = checkpoint.read_metrics(self.folder)
+        losses = [row["loss"] for row in rows[-RECENT:] if "loss" in row]
         took = f"{self.seconds / 60:.1f} minutes" if self.seconds >= 60 else \
             f"{self.seconds:.2g} seconds"
         say(f"{self.done - self.start:,} steps in {took}, loss "
-            f"{sum(self.recent) / len(self.recent):.4f} (last {len(self.recent)} steps); saved: "
-            f"{newest}")
+            f"{sum(losses) / max(1, len(losses)):.4f} (last {len(losses)} steps); saved: {newest}")
         if self.done < self.args.steps:
             device = ["--device", self.args.device] if self.args.device else []
             say(f"stopped at step {self.done:,} of {self.args.steps:,}; to continue: " + shlex.join(
                 ["python", "train_mnist.py", "--resume", "--out", short(self.folder), *device]))
         else:
-            self.guarded(lambda: pictures.loss_curve(
-                self.folder / "loss.png", checkpoint.read_metrics(self.folder)), "loss.png")
+            self.guarded(lambda: pictures.loss_curve(self.folder / "loss.png", rows), "loss.png")
             say("next: " + shlex.join(["python", "sample.py", newest]))
         return 128 + self.signal if self.signal else 0
 
@@ -255,7 +249,7 @@ class Run:
                 if stopped:
                     break
         self.seconds = time.perf_counter() - begun
-        self.logger("close")
+        self.tell_logger("close")
 
     def random(self, step: int) -> compute.StepRandom:
         """The random numbers of a step: a function of --seed and the step alone."""
@@ -285,7 +279,6 @@ class Run:
                     f"saved. Start again with a lower --lr, a longer --warmup or --precision fp32",
                     status=1)
             lines.append(dict(step=step, **{k: float(f"{v:.7g}") for k, v in row.items()}))
-            self.recent.append(loss)
         self.pending = []
         self.write_rows(lines)
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
@@ -308,7 +301,7 @@ class Run:
     def write_rows(self, rows: list[dict]) -> None:
         self.unwritten += "".join(json.dumps(row) + "\n" for row in rows)
         self.guarded(self.append, "metrics.jsonl")
-        self.logger("log", rows)
+        self.tell_logger("log", rows)
 
     def append(self) -> None:
         """Append the unwritten rows; of those that do not fit on the disk, nothing."""
@@ -332,7 +325,7 @@ class Run:
     def draw_preview(self) -> None:
         path = self.folder / "samples" / f"step_{self.done:07d}.png"
         pictures.save_picture(path, pictures.grid(*self.preview()))
-        self.logger("preview", path, self.done)
+        self.tell_logger("preview", path, self.done)
 
     def guarded(self, write: Callable, what: str) -> None:
         """On a write error (a full disk ...) warn, and train on."""
@@ -342,6 +335,14 @@ class Run:
             except OSError as error:
                 warn(f"{what} cannot be written in {self.folder} ({reason(error)}): training "
                      f"continues")
+
+    def tell_logger(self, method: str, *args) -> None:
+        try:
+            if self.logger:
+                getattr(self.logger, method)(*args)
+        except Exception as error:                      # of its disk, its network
+            self.logger = None
+            warn(f"--logger failed ({reason(error)}): training continues without it")
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
