@@ -109,7 +109,7 @@ def test_with_everything_masked_it_is_sampling_with_new_noise(lively, glyph):
     assert np.abs(cells("b.png")[2] - cells("a.png")[2]).max() > 1
 
 
-def test_pictures_of_any_size_and_mode_and_masks(lively, glyph):
+def test_pictures_of_any_size_and_mode(lively, glyph):
     image, label = glyph
 
     def picked(*flags):
@@ -131,10 +131,8 @@ def test_pictures_of_any_size_and_mode_and_masks(lively, glyph):
     assert torch.allclose(x0, torch.tensor(76 / 127.5 - 1))
     Image.new("RGBA", (28, 28), (0, 0, 0, 0)).save("clear.png")     # transparent: white
     assert (picked("--image", "clear.png", *box)[0][0] == 1).all()
-    Image.fromarray(np.repeat([[255, 0]], 2, 0).astype(np.uint8)).save("left.png")  # 2 x 2
-    (_, y), mask = picked(*GLYPH, "--mask", "left.png")
-    assert y == label and mask[:, :12].all() and not mask[:, 16:].any()
-    assert torch.equal(picked(*GLYPH, "--mask", "left.png", *box)[1].sum(), mask.sum() + 4)
+    (_, y), _ = picked(*GLYPH, *box)
+    assert y == label
 
 
 # ---------------------------------------------------------------- interpolation

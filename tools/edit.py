@@ -1,7 +1,7 @@
 """Edit with a trained model: fill a masked part of a picture, or pass between two noises or labels.
 
     python -m tools.edit inpaint --test-image 18 --rectangle 8 8 20 20
-    python -m tools.edit inpaint CKPT --image scan.jpg --invert --labels 7 --mask mask.png
+    python -m tools.edit inpaint CKPT --image scan.jpg --invert --labels 7 --rectangle 0 14 28 28
     python -m tools.edit noises --labels 3 --seeds 0 1
     python -m tools.edit labels --labels 3 8
 
@@ -84,15 +84,13 @@ def picture_of(args: Namespace, checkpoint: Checkpoint) -> tuple[Tensor, int]:
 
 
 def mask_of(args: Namespace, side: int) -> Tensor:
-    """True where the picture is to be filled, (side, side): --rectangle and the white of --mask."""
+    """True where the picture is to be filled, (side, side)."""
     left, top, right, bottom = args.rectangle or (0, 0, 0, 0)
     mask = torch.zeros(side, side, dtype=torch.bool)
     mask[top:bottom, left:right] = True
-    if args.mask is not None:
-        mask |= torch.tensor(data.open_image(args.mask, side)).float().mean(dim=0) > 127
     if not mask.any() or max(right, bottom) > side:
         raise UserError(f"nothing to fill: name --rectangle LEFT TOP RIGHT BOTTOM, in the model's "
-                        f"{side}x{side} pixels, or a --mask FILE that is white there")
+                        f"{side}x{side} pixels")
     return mask
 
 
@@ -182,7 +180,6 @@ def parser() -> Parser:
     add("--invert", action="store_true", help="swap dark and bright")
     add("--rectangle", type=whole, nargs=4, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
         help="the masked part, in the model's pixels; RIGHT and BOTTOM are outside")
-    add("--mask", type=Path, metavar="FILE", help="the masked part is white in this picture")
     add("--labels", nargs="+", metavar="LABEL", help="the class, for labels both (default for "
         'inpaint: that of the test image; of a file "no class")')
     add("--seeds", type=SEED, nargs=2, default=[0, 1], metavar=("A", "B"), help="of the noises; "
