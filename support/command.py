@@ -82,7 +82,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     except (MemoryError, RuntimeError) as error:        # torch's out-of-memory errors included
         if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
             raise
-        message, status = "out of memory: a smaller --batch-size or --model takes less", 1
+        message, status = "out of memory: a smaller --batch-size, --model or --image-size", 1
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     print(printable(f"error: {message}"), file=sys.stderr)

@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import io
 import math
-import os
 import socket
 from collections import Counter
 from collections.abc import Iterator
@@ -86,16 +85,15 @@ class Batches:
                  flip: bool = False, share: slice = slice(None)):
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.device, self.flip, self.share = device, flip, share
-        self.orders: dict[int, Tensor] = {}
+        self.last = None, None              # an epoch and its order
 
     def order(self, epoch: int) -> Tensor:
         """The permutation of an epoch, int64 (N,), on the images' device."""
-        if epoch not in self.orders:
+        if self.last[0] != epoch:
             rng = generator("cpu", self.seed, "epoch", epoch)
             order = torch.randperm(len(self.images.images), generator=rng)
-            self.orders = {e: o for e, o in self.orders.items() if e == epoch - 1}
-            self.orders[epoch] = order.to(self.images.images.device)
-        return self.orders[epoch]
+            self.last = epoch, order.to(self.images.images.device)
+        return self.last[1]
 
     def index(self, step: int) -> Tensor:
         """Which images form the whole batch of a step, int64 (batch_size,)."""
@@ -148,10 +146,11 @@ def load(spec: str, data_dir: str | Path | None = None, image_size: int | None =
     found = draw_glyphs(20_000 if split == "train" else 2_000, seed=seed_of(0, split)) \
         if spec == "glyphs" else load_torchvision(spec, root, split)
     if image_size and image_size != found.size:
-        check_memory(*found.images.shape[:2], image_size)
-        found.images = torch.cat([
-            F.interpolate(part.float(), (image_size, image_size), mode="bilinear", antialias=True)
-            .round().to(torch.uint8) for part in found.images.split(1000)])
+        small, side = found.images, (image_size, image_size)
+        found.images = torch.empty(*small.shape[:2], *side, dtype=torch.uint8)  # or out of memory
+        for parts in zip(small.split(1000), found.images.split(1000), strict=True):
+            parts[1].copy_(F.interpolate(parts[0].float(), side, mode="bilinear", antialias=True)
+                           .round())
     return found
 
 
@@ -168,22 +167,12 @@ def load_or_glyphs(spec: str, data_dir: str | None, image_size: int | None, name
         return load("glyphs", None, image_size)
 
 
-def check_memory(count: int, channels: int, side: int) -> None:
-    """Refuse a mistyped --image-size, which would trigger the out-of-memory killer."""
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if (needed := count * channels * side**2) > memory:
-            raise UserError(f"--image-size {side}: {count:,} images of this size take "
-                            f"{needed / 1e9:,.0f} GB, this machine has {memory / 1e9:,.0f} GB")
-
-
 def load_torchvision(spec: str, root: Path, split: str) -> ImageSet:
     from torchvision import datasets        # here, because the import takes a second
 
     cls = dict(mnist=datasets.MNIST, fashion_mnist=datasets.FashionMNIST,
                cifar10=datasets.CIFAR10)[spec]
-    raw = read_or_download(lambda download: cls(root, split == "train", download=download), spec,
-                           root)
+    raw = downloaded(cls, spec, root, split == "train")
     images = torch.as_tensor(raw.data)
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     names = [name.split(" - ")[0] for name in raw.classes]              # MNIST: "0 - zero"
@@ -193,20 +182,15 @@ def load_torchvision(spec: str, root: Path, split: str) -> ImageSet:
     return found
 
 
-def read_or_download(make, spec: str, root: Path):
-    """make(download): torchvision's data set, downloaded where it is not in `root`. Of an offline
-    machine the resolver says so at once; a server that does not answer has 15 seconds."""
-    created = not root.exists()
+def downloaded(cls: type, spec: str, root: Path, split: bool | str):
+    """torchvision's data set, downloaded where it is not in `root`. Of an offline machine the
+    resolver says so at once; a server that does not answer has 15 seconds."""
     default = socket.getdefaulttimeout()
     socket.setdefaulttimeout(15)
     try:
         with contextlib.redirect_stdout(io.StringIO()):     # the progress bar is on standard error
-            return make(True)
+            return cls(root, split, download=True)
     except Exception as error:              # from the network, the disk, a damaged file ...
-        if created:
-            for folder in sorted(root.glob("**/"), reverse=True):       # the innermost first
-                with contextlib.suppress(OSError):                      # not empty
-                    folder.rmdir()
         raise UserError(f"{spec} cannot be read from {root} or downloaded ({reason(error)}): put "
                         f"its files there, or use --dataset glyphs") from None
     finally:
@@ -217,8 +201,7 @@ def load_celeba(root: Path, image_size: int, split: str, attribute: str) -> Imag
     """CelebA (Liu et al., arXiv 1411.7766): 202,599 faces, the centre square of each, resized."""
     from torchvision import datasets
 
-    raw = read_or_download(lambda download: datasets.CelebA(root, split, download=download),
-                           "celeba", root)
+    raw = downloaded(datasets.CelebA, "celeba", root, split)
     if attribute not in raw.attr_names:
         raise UserError(f"celeba has no attribute {attribute}: it has "
                         f"{', '.join(filter(None, raw.attr_names))}")
@@ -327,7 +310,6 @@ def files_in(folder: Path, seen: set[Path]) -> Iterator[Path]:
 
 def read_images(paths: list[Path], image_size: int, white: int = 65535) -> np.ndarray:
     """uint8 (N, 3, image_size, image_size)."""
-    check_memory(len(paths), 3, image_size)
     images, blank = np.empty((len(paths), 3, image_size, image_size), np.uint8), []
     for i, path in enumerate(tqdm(paths, "reading images", **BAR)):
         images[i] = open_image(path, image_size, white)
@@ -369,7 +351,7 @@ def load_latents(path: Path, image_size: int | None, split: str) -> ImageSet:
         assert latents.is_floating_point() and latents.half().isfinite().all()
         assert labels.dtype == torch.int64 and 0 <= labels.min() <= labels.max() < len(names)
         assert isinstance(names, list) and all(isinstance(name, str) for name in names)
-    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+    except Exception:
         raise UserError(f"{path} holds no valid latents: python -m tools.convert encode writes "
                         f"them") from None
     if image_size not in (None, H):
@@ -381,15 +363,10 @@ def load_latents(path: Path, image_size: int | None, split: str) -> ImageSet:
 def draw_glyphs(count: int, seed: int = 0) -> ImageSet:
     """28x28 grey digits in Pillow's built-in font: rotated, sheared, scaled, shifted, thin or bold.
 
-    A function of the seed and the version of Pillow. Raises UserError if Pillow lacks FreeType.
+    A function of the seed and the version of Pillow.
     """
     big, strokes = 84, (0, 1, 2, 4)             # drawn at three times the size, then reduced
-    try:
-        font = ImageFont.load_default(size=66)
-    except (ImportError, OSError):
-        raise UserError("glyphs need Pillow with FreeType: pip install --force-reinstall "
-                        "pillow") from None
-    base = {}
+    base, font = {}, ImageFont.load_default(size=66)
     for digit in range(10):
         for stroke in strokes:
             canvas = Image.new("L", (big, big))
