@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -45,11 +45,7 @@ def grid(images: Tensor, columns: int, scale: int | None = None, title: str = ""
 
 
 def write_text(picture: Image.Image, x: float, y: float, text: str) -> None:
-    try:
-        font = ImageFont.load_default(size=13)
-    except (ImportError, OSError):              # Pillow without FreeType: its bitmap font
-        font = ImageFont.load_default()
-    ImageDraw.Draw(picture).text((x, y), text, (235, 235, 235), font)
+    ImageDraw.Draw(picture).text((x, y), text, (235, 235, 235), font_size=13)
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:
@@ -91,17 +87,19 @@ class FrameRecorder:
 
     def frames(self, most: int = 24) -> list[Tensor]:
         """All images after at most `most` of the steps, evenly spaced: uint8 (N, C, H, H) each."""
-        results = list(self.steps.values())
-        at = np.linspace(0, len(results) - 1, min(most, len(results))).round().astype(int)
-        return [torch.cat(results[i]) for i in at]
+        return [torch.cat(self.steps[t]) for t in spread(self.steps, most)]
+
+
+def spread(timesteps: dict, most: int) -> list[int]:
+    """At most `most` of the keys, evenly spaced."""
+    at = np.linspace(0, len(timesteps) - 1, min(most, len(timesteps))).round().astype(int)
+    return [list(timesteps)[i] for i in at]
 
 
 def trajectory(recorder: FrameRecorder, columns: int = 10, scale: int | None = None
                ) -> Image.Image:
     """The denoising of the first image, xt above x0_hat, at `columns` of the timesteps."""
-    timesteps = list(recorder.first)
-    at = np.linspace(0, len(timesteps) - 1, min(columns, len(timesteps))).round().astype(int)
-    chosen = [timesteps[i] for i in at]
+    chosen = spread(recorder.first, columns)
     images = torch.stack([recorder.first[t][row] for row in (0, 1) for t in chosen])
     page = grid(images, len(chosen), scale or max(1, round(84 / images.shape[-1])), title=" ")
     for column, t in enumerate(chosen):
@@ -143,13 +141,13 @@ def write_outputs(args, grids: list[Tensor], scales: list[float], y: Tensor, nam
         say(f"written: {short(path)}")
 
 
-def loss_curve(path: Path, rows: list[dict]) -> bool:
-    """Draw the loss against the step, and its mean over the last tenth of the steps; False without
-    matplotlib."""
+def loss_curve(path: Path, rows: list[dict]) -> None:
+    """The loss against the step, and its mean over the last tenth of the steps; without matplotlib
+    nothing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return False
+        return
     steps, losses = np.array([(row["step"], row["loss"]) for row in rows]).T
     sums = np.concatenate([[0], losses.cumsum()])
     start = np.arange(1, len(losses) + 1) * 9 // 10
@@ -161,4 +159,3 @@ def loss_curve(path: Path, rows: list[dict]) -> bool:
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    return True
