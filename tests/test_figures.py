@@ -222,12 +222,10 @@ def test_an_overlay_outlines_the_query_and_colours_what_it_attends_to():
 # ---------------------------------------------------------------- evaluations
 
 
-def line(scale=1.0, accuracy=0.9, frechet=9.0, recall=0.8, images=1000, **settings) -> str:
-    rows = {"samples": dict(images=images, accuracy=accuracy, frechet=frechet, recall=recall,
-                            precision=0.9),
-            "test": dict(images=images, accuracy=0.998, frechet=0.53, recall=0.871, precision=0.5)}
-    about = dict(images_from="run", weights="ema", sampler="ddim", steps=25, eta=0.0, seed=0,
-                 data_digest="ab", cfg_scale=scale)
+def line(scale=1.0, accuracy=0.9, frechet=9.0, **settings) -> str:
+    rows = {"samples": dict(accuracy=accuracy, frechet=frechet),
+            "test": dict(accuracy=0.998, frechet=0.53)}
+    about = dict(step=7, weights="ema", sampler="ddim", steps=25, cfg_scale=scale)
     return json.dumps(about | settings | dict(rows=rows)) + "\n"
 
 
@@ -244,9 +242,9 @@ def test_an_evaluation_is_read_as_evaluate_writes_it(here):
 
     rows = evaluate.report(some(1, 40), some(2, 100), some(3, 40), 0, torch.device("cpu"))
     Path("e.jsonl").write_text(json.dumps(json.loads(line(3)) | dict(rows=rows)))
-    [point] = figures.read_evaluations(Path("e.jsonl"))
-    assert point["samples"] == {k: rows["samples"][k] for k in figures.METRICS}
-    assert (point["cfg_scale"], point["images"]) == (3, 40)
+    (at, found), = figures.read_evaluations(Path("e.jsonl")).items()
+    assert at == (7, "ddim", 25)
+    assert found == {3: (rows["samples"]["frechet"], rows["samples"]["accuracy"])}
 
 
 # ---------------------------------------------------------------- training
@@ -280,8 +278,8 @@ def sizes(train, monkeypatch) -> list[str]:
     for i, name in enumerate(names):
         assert train("--steps", 2, *flags[i], "--out", name) == 0
         Path(name, "evaluations.jsonl").write_text("".join(
-            line(scale, accuracy, factor * (10 + i) / step / steps, step=step, steps=steps,
-                 images_from=step) for step in (1, 2) for steps in (2, 10)
+            line(scale, accuracy, factor * (10 + i) / step / steps, step=step, steps=steps)
+            for step in (1, 2) for steps in (2, 10)
             for scale, accuracy, factor in ((1, 0.9, 1), (1.5, 0.99, 2), (2, 1.0, 3))))
     return names
 
@@ -293,23 +291,19 @@ def drawn(*flags) -> dict:
 def test_curves_of_quality_against_gflops(sizes, capsys):
     configs = [json.loads(Path(name, "config.json").read_text()) for name in sizes[1:]]
     small, wide, p14 = (count(NETWORKS[c["network"]], **c["model"])[1] / 1e9 for c in configs)
-    found = drawn(*sizes, "--x", "forward", "--y", "frechet")       # with 99% right, in 2 steps
+    found = drawn(*sizes, "--x", "forward")       # with 99% right, in 2 steps
     assert found["patch 7"] == [(small, 21 / 4), (wide, 24 / 4)]    # the mean of two seeds
     assert found["patch 14, adaln"] == [(p14, 26 / 4)] and len(found) == 2
     assert f"DiT-Wide/7 (patch 7): {wide:.4g} Gflops, 6" in capsys.readouterr().out
-    found = drawn(*sizes, "--x", "training", "--y", "frechet")      # three forwards of 8 images
+    found = drawn(*sizes, "--x", "training")      # three forwards of 8 images
     assert found["DiT-Test/7"] == [(24 * small, 21 / 2), (48 * small, 21 / 4)]
     assert found["DiT-Test/14, adaln"][1] == (48 * p14, 26 / 4)
-    found = drawn(*sizes, "--x", "sampling", "--y", "frechet")      # two forwards a step
+    found = drawn(*sizes, "--x", "sampling")      # two forwards a step
     assert found["DiT-Wide/7"] == [(4 * wide, 24 / 4), (20 * wide, 24 / 20)]
-    found = drawn(*sizes, "--x", "sampling", "--y", "frechet", "--cfg-scale", 1)
+    found = drawn(*sizes, "--x", "sampling", "--cfg-scale", 1)
     assert found["DiT-Wide/7"] == [(2 * wide, 12 / 4), (10 * wide, 12 / 20)]
-    rows = [checkpoints.read_metrics(Path(name)) for name in sizes[:2]]
-    found = drawn(*sizes, "--x", "forward", "--y", "loss_eps")      # the last 100 steps
-    mean = np.mean([row["loss_eps"] for each in rows for row in each])
-    assert found["patch 7"][0] == (small, mean)
-    found = drawn(*sizes, "--x", "training")
-    assert found["DiT-Test/7"][1] == (48 * small, (rows[0][1]["loss"] + rows[1][1]["loss"]) / 2)
+    assert "no evaluation with 99% right" in refused("curves", sizes[0], "--x", "forward",
+                                                     "--cfg-scale", 9)
 
 
 def test_curves_of_the_loss_are_averages(sizes):
@@ -350,11 +344,11 @@ def test_what_cannot_share_a_figure_is_refused(pair, train):
     assert "l.pt" in refused("forward", "--dataset", "latents:l.pt")
     assert "l.pt" in refused("attention", "v", "--dataset", "latents:l.pt")
     assert "no training run" in refused("curves", "small/samples")
-    assert "has no loss against --x sampling" in refused("curves", "small", "--x", "sampling")
+    assert "has no loss_q9" in refused("curves", "small", "--y", "loss_q9")
 
 
 def test_files_that_are_no_evaluations(sizes):
-    file, flags = Path(sizes[0], "evaluations.jsonl"), ("curves", sizes[0], "--y", "frechet")
+    file, flags = Path(sizes[0], "evaluations.jsonl"), ("curves", sizes[0], "--x", "training")
     damaged = json.loads(line(2)) | dict(rows={})
     for text in ("{", "[1]", json.dumps(damaged), 100_000 * "["):
         file.write_text(line(1) + text)

@@ -7,7 +7,7 @@
     python -m tools.figures previews RUN                what a run drew at several steps
     python -m tools.figures x0hat CKPT_EPS CKPT_V       each model's estimate of the clean image
     python -m tools.figures timesteps                   alpha and sigma, and the t of training
-    python -m tools.figures curves [NAME=]RUN...        loss or quality against steps or Gflops
+    python -m tools.figures curves [NAME=]RUN...        loss against steps, quality against Gflops
 
 Each writes --out FILE.png, or a new numbered file under output/. The last two need matplotlib.
 """
@@ -240,13 +240,9 @@ def attention(args: Namespace) -> Image.Image:
                  "0 (dark) to 100% (bright).")
 
 
-# ---------------------------------------------------------------- evaluations (matplotlib)
+# ---------------------------------------------------------------- training (matplotlib)
 
-METRICS = {"accuracy": "accuracy", "frechet": "Frechet distance", "precision": "precision",
-           "recall": "recall"}
-# What makes two evaluations, apart from guidance, the same measurement
-SETTINGS = ("images_from", "weights", "images", "sampler", "steps", "eta", "guidance_interval",
-            "autoguidance", "seed", "data_digest")
+
 def new_figure(**options):
     """A matplotlib Figure without a window. Raises UserError where matplotlib is not installed."""
     try:
@@ -256,33 +252,6 @@ def new_figure(**options):
     return Figure(layout="constrained", **options)
 
 
-def read_evaluations(file: Path) -> list[dict]:
-    """The evaluations of checkpoints in an evaluations.jsonl: SETTINGS, and METRICS of samples."""
-    points = []
-    for i, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
-        try:
-            result = json.loads(line)
-            if result.get("cfg_scale") is not None:         # else of an .npz
-                row = result["rows"]["samples"]
-                points.append(dict(result, images=int(row["images"]), samples={
-                    metric: float(row[metric]) for metric in METRICS}))
-        except checkpoints.ANY_ERROR:
-            raise UserError(f"{file}, line {i} is no line of tools.evaluate") from None
-    if not points:
-        raise UserError(f"no evaluation of a checkpoint in {file}")
-    return points
-
-
-def by_guidance(points: list[dict]) -> list[list[dict]]:
-    """The points in groups that differ in the guidance scale alone, in its order; of two that do
-    not differ at all the last."""
-    groups: dict[str, dict] = {}
-    for point in sorted(points, key=lambda p: p["cfg_scale"]):
-        others = json.dumps([point.get(key) for key in SETTINGS])
-        groups.setdefault(others, {})[point["cfg_scale"]] = point
-    return [list(group.values()) for group in groups.values()]
-
-
 def log_ticks(axis) -> None:
     """Of a logarithmic axis: plain numbers at 1, 2, 3, 5, 10 ...; on a long one at 1, 10 ..."""
     from matplotlib.ticker import LogLocator, NullLocator
@@ -290,8 +259,6 @@ def log_ticks(axis) -> None:
     axis.set(major_locator=LogLocator(subs=(1, 2, 3, 5) if high < 500 * low else (1,)),
              major_formatter="{x:,.10g}", minor_locator=NullLocator())
 
-
-# ---------------------------------------------------------------- training (matplotlib)
 
 # Mean and standard deviation of ln(sigma / alpha) in training. JiT's t is 1 where the image is
 # clean, so that logit(t) = ln(alpha / sigma), of mean -0.8.
@@ -323,28 +290,29 @@ def timesteps(args: Namespace):
 
 
 RIGHT = 0.99                    # the accuracy at which `curves` compares distances
-AXES = dict(steps="training steps", forward="Gflops of one forward", training="Gflops of training",
+AXES = dict(forward="Gflops of one forward", training="Gflops of training",
             sampling="Gflops of sampling one image")
 
 
 def curves(args: Namespace):
-    """--y of runs against --x, as figures 6 to 10 of the DiT paper, whose Gflops (of one image) are
-    multiply-adds. --y is a key of metrics.jsonl, or frechet or recall from evaluations.jsonl: at
-    guidance --cfg-scale, by default that of the smallest Frechet distance with 99% right. Runs of
-    one NAME are seeds, and the line is their mean; "A, x" and "A, y" have the same colour.
+    """Runs against their steps: --y, a key of metrics.jsonl, but for the first twentieth. With --x
+    the Frechet distance of their evaluations against Gflops, as figures 6 to 10 of the DiT paper,
+    whose Gflops are multiply-adds: at guidance --cfg-scale, by default that of the smallest
+    distance with 99% right. Runs of one NAME are seeds, and the line is their mean; "A, x" and
+    "A, y" have the same colour.
 
-    --x steps: a line for each run. training: for each model; a step costs three forwards an image.
-    forward: for each patch size; each run has a point, its end. sampling: for each model, at its
-    end; a guided step costs two forwards. Of metrics the first twentieth of a run is not shown.
+    --x forward: a line for each patch size; each run has a point, its end. training: for each
+    model; a step costs three forwards an image. sampling: for each model, at its end; a guided step
+    costs two forwards.
     """
     figure, lines = new_figure(figsize=(8, 5)), {}              # label -> model, x -> values of y
-    axes, measured = figure.subplots(), args.y in METRICS
-    axes.set(xscale="log", yscale="log", xlabel=AXES[args.x],
-             ylabel=METRICS.get(args.y, args.y))
+    axes, dots = figure.subplots(), args.x is not None
+    axes.set(xscale="log", yscale="log", xlabel=AXES.get(args.x, "training steps"),
+             ylabel="Frechet distance" if dots else args.y)
     for text in args.runs or [str(checkpoints.newest_run() or command.OUTPUT)]:
         name, _, folder = text.rpartition("=")
         model, patch, points = run_points(Path(folder), args)
-        label = name or dict(steps=short(folder), forward=patch).get(args.x, model)
+        label = name or {None: short(folder), "forward": patch}.get(args.x, model)
         for x, y in points:
             lines.setdefault(label, {}).setdefault((x, model), []).append(y)
     colours, kinds, shown = {}, {}, []
@@ -354,7 +322,6 @@ def curves(args: Namespace):
         # a colour for each size of model, a marker or line style for each patch size
         size, _, kind = label.partition("/" if args.x in ("training", "sampling") else ", ")
         i, j = colours.setdefault(size, len(colours)), kinds.setdefault(kind, len(kinds))
-        dots = measured or args.x == "forward"
         axes.plot(x, y, color=COLOURS[i % len(COLOURS)], label=label, ms=5,
                   marker=MARKERS[j % len(MARKERS)] if dots else "",
                   linestyle="-" if dots else STYLES[j % len(STYLES)])
@@ -379,30 +346,48 @@ def run_points(folder: Path, args: Namespace) -> tuple[str, str, list[tuple[floa
         gflops = count(NETWORKS[network], **sizes)[1] / 1e9
         other = f", {network}" * (network != "dit")
         names = recipe["model"] + other, f"patch {sizes['patch_size']}" + other
-        per_step = dict(steps=1, training=3 * recipe["batch_size"] * gflops).get(args.x)
-        usual = config["sampling"]["steps"]
-    except (OSError, *checkpoints.ANY_ERROR) as error:
+        batch_size, usual = recipe["batch_size"], config["sampling"]["steps"]
+    except Exception as error:
         raise UserError(f"{folder} holds no training run ({reason(error)})") from None
-    if args.y not in METRICS:
-        rows = checkpoints.read_metrics(folder)
-        steps, means = averaged(rows, args.y)
-        if not len(steps) or args.x == "sampling":
-            raise UserError(f"{folder} has no {args.y} against --x {args.x}")
-        return *names, [*zip(steps * per_step, means, strict=True)] if per_step else [
-            (gflops, np.mean([row[args.y] for row in rows[-100:] if args.y in row]))]
-    points, evaluations = [], read_evaluations(folder / "evaluations.jsonl")
-    for group in by_guidance(evaluations):
-        found = [p for p in group if p["cfg_scale"] == args.cfg_scale or args.cfg_scale is None
-                 and p["samples"]["accuracy"] >= RIGHT]
-        best = min(found, key=lambda p: p["samples"]["frechet"], default=None)
-        if best is None or args.x != "sampling" and best["steps"] != usual or not per_step and (
-                best["step"] < max(p["step"] for p in evaluations)):
-            continue
-        x = best["step"] * per_step if per_step else gflops
-        if args.x == "sampling":
-            x *= best["steps"] * (1 if best["cfg_scale"] in (0, 1) else 2)
-        points.append((x, best["samples"][args.y]))
+    if args.x is None:
+        steps, means = averaged(checkpoints.read_metrics(folder), args.y)
+        if not len(steps):
+            raise UserError(f"{folder} has no {args.y}")
+        return *names, [*zip(steps, means, strict=True)]
+    evaluations, points = read_evaluations(folder / "evaluations.jsonl"), []
+    end = max(step for step, *_ in evaluations)
+    for (step, _, steps), at_scale in evaluations.items():
+        found = [(frechet, scale) for scale, (frechet, accuracy) in at_scale.items()
+                 if scale == args.cfg_scale or args.cfg_scale is None and accuracy >= RIGHT]
+        if found and (args.x == "training" or step == end) and (
+                args.x == "sampling" or steps == usual):
+            frechet, scale = min(found)
+            forwards = dict(forward=1, training=3 * batch_size * step,
+                            sampling=steps * (1 if scale in (0, 1) else 2))
+            points.append((gflops * forwards[args.x], frechet))
+    if not points:
+        raise UserError(f"{folder} has no evaluation with 99% right, or at --cfg-scale, for --x "
+                        f"{args.x}")
     return *names, points
+
+
+def read_evaluations(file: Path) -> dict[tuple, dict]:
+    """(step, sampler, its steps) -> guidance scale -> (Frechet distance, accuracy), of the EMA with
+    classifier-free guidance, from an evaluations.jsonl; of two that are alike the last."""
+    found: dict[tuple, dict] = {}
+    for i, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
+        try:
+            result = json.loads(line)
+            if result.get("weights") == "ema" and not (
+                    result.get("guidance_interval") or result.get("autoguidance")):
+                at, row = (result["step"], result["sampler"], result["steps"]), result["rows"]
+                found.setdefault(at, {})[result["cfg_scale"]] = tuple(
+                    float(row["samples"][key]) for key in ("frechet", "accuracy"))
+        except Exception:
+            raise UserError(f"{file}, line {i} is no line of tools.evaluate") from None
+    if not found:
+        raise UserError(f"no evaluation of a checkpoint in {file}")
+    return found
 
 
 def averaged(rows: list[dict], key: str) -> np.ndarray:
@@ -473,10 +458,11 @@ def parser() -> Parser:
         help="(default: 100 300 500 1000 4000, with --preview-every 100)")
     add(timesteps)
     sub = add(curves, ("runs", "*", "[NAME=]RUN", "run folders (default: the newest)"))
-    sub.add_argument("--x", choices=AXES, default="steps", help="(default: steps)")
-    sub.add_argument("--y", default="loss", metavar="KEY", help="loss, loss_eps, loss_q1 ... or "
-                     "frechet, accuracy, precision, recall (default: loss)")
-    sub.add_argument("--cfg-scale", type=float, metavar="S", help="guidance (default: the best)")
+    sub.add_argument("--y", default="loss", metavar="KEY",
+                     help="loss, loss_eps, loss_q1 ... (default: loss)")
+    sub.add_argument("--x", choices=AXES, help="the Frechet distance, against these Gflops")
+    sub.add_argument("--cfg-scale", type=float, metavar="S",
+                     help="with --x: its guidance (default: the best)")
     return p
 
 
