@@ -141,17 +141,8 @@ def find_ruler(images: ImageSet, test: ImageSet, device: torch.device) -> tuple[
     ruler, about = train_ruler(images, test, 0, device, steps)
     weights = {name: w.cpu().contiguous().half() if w.is_floating_point() else w.cpu()
                for name, w in ruler.state_dict().items()}
-    store(own, dict(about=about, weights=weights), f"the ruler of {images.name}")
+    atomic_write(own, lambda file: torch.save(dict(about=about, weights=weights), file))
     return ruler, about, own
-
-
-def store(path: Path, state: object, what: str) -> None:
-    """Write a file of output/cache; where it cannot be written, there is no cache."""
-    try:
-        atomic_write(path, lambda file: torch.save(state, file))
-        say(f"written: {short(path)} ({what})")
-    except OSError as error:
-        warn(f"{path} cannot be written ({reason(error)}): {what} will be computed again")
 
 
 # ---------------------------------------------------------------- the metrics
@@ -225,7 +216,7 @@ def features_of(ruler: Ruler, images: ImageSet) -> Features:
         found = checkpoints.read_archive(path)
     except UserError:                                   # missing or damaged
         found = extract(ruler, images.images, f"features of {images.name}")
-        store(path, found, f"the features of {len(images.images):,} real images")
+        atomic_write(path, lambda file: torch.save(found, file))
     return Features(images.images, images.labels, *found)
 
 
