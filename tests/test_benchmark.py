@@ -149,7 +149,7 @@ class Steps:
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_our_step_is_that_of_training(optimizer):
-    args = settings(optimizer=optimizer, ema_decay=0.5, warmup=2, steps=4)
+    args = settings(optimizer=optimizer, label_dropout=0.5, ema_decay=0.5, warmup=2, steps=4)
     ours, same = benchmark.Ours(args, "fp32"), benchmark.Ours(args, "fp32")
     for a, b in ((same.model, ours.model), (same.ema, ours.ema)):
         a.load_state_dict(b.state_dict())
