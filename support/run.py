@@ -29,11 +29,7 @@ RECENT = 100        # steps whose mean loss the summary has, as the README's tab
 
 class Run:
     """In order: Run(...), load_images(), load_initial(...), begin(...), steps() with log(...) in
-    each, finish().
-
-    args: the value of every flag. device, precision, compiled, scaler (of fp16): how a step is
-    computed. share: this process's slice of a batch.
-    """
+    each, finish(). args: the value of every flag. share: this process's slice of a batch."""
 
     def __init__(self, argv: list[str] | None, description: str, recipe: dict, presets: dict,
                  choices: dict):
@@ -63,25 +59,24 @@ class Run:
         """The checkpoint that --resume asks for, whose folder is then locked. On rank 0."""
         if "resume" not in self.given:
             return None
-        out, path = (self.given.get(key) and Path(self.given[key]) for key in ("out", "resume"))
-        self.folder = folder = out or (path.parent if path else checkpoint.newest_run())
-        if path is None:
-            if folder is None or not checkpoint.checkpoints_in(folder):
+        out, name = self.given.get("out"), self.given["resume"]
+        if name is None:
+            self.folder = self.source = Path(out) if out else checkpoint.newest_run()
+            if self.folder is None or not checkpoint.checkpoints_in(self.folder):
                 raise UserError(f"no run to resume{f' in {out}' * bool(out)}: start one without "
                                 f"--resume")
-            self.source, self.lock = folder, checkpoint.lock_folder(folder)
-            return checkpoint.newest_valid(folder)
-        if path.is_dir():
-            raise UserError(f"{path} is a folder: --resume --out {path} continues the run in it")
-        state, self.source = checkpoint.load(path, full=True), path.parent
-        branch = folder.resolve() != path.parent.resolve()
-        if branch and any(not is_left_over(p) for p in folder.glob("*")) or not branch and any(
-                int(p.stem[5:]) > state["step"] for p in checkpoint.checkpoints_in(folder)):
-            raise UserError(f"{folder} holds other work: give a new --out to branch off from "
-                            f"{path}")
-        folder.mkdir(parents=True, exist_ok=True)
-        self.lock = checkpoint.lock_folder(folder)
-        return state
+        else:
+            path = checkpoint.find_checkpoint(name)
+            state, self.source = checkpoint.load(path, full=True), path.parent
+            self.folder = Path(out or self.source)
+            in_its_own = self.folder.resolve() == self.source.resolve()
+            if any(int(p.stem[5:]) > state["step"] for p in checkpoint.checkpoints_in(self.folder)
+                   ) if in_its_own else not is_free(self.folder):
+                raise UserError(f"{self.folder} holds other work: give a new --out to branch off "
+                                f"from {path}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = checkpoint.lock_folder(self.folder)
+        return checkpoint.newest_valid(self.folder) if name is None else state
 
     def load_images(self) -> data.ImageSet:
         """The data set that the flags name. Rank 0 loads (or downloads) it first. Raises UserError
@@ -158,7 +153,7 @@ class Run:
             label = f"{self.about_data['dataset']}-{self.args.model}"
             folder = Path(self.args.out) if self.args.out else checkpoint.new_folder(label)
             check_target(folder / "config.json", force=True)
-            if any(not is_left_over(p) for p in folder.iterdir()):
+            if not is_free(folder):
                 raise UserError(f"{folder} is not empty: --resume --out {folder} continues a run, "
                                 f"another --out starts one")
             self.lock = checkpoint.lock_folder(folder)
@@ -168,12 +163,7 @@ class Run:
         first = folder / f"step_{self.start:07d}.pt"
         if not first.exists():
             self.save()
-            try:
-                checkpoint.load(first, full=True)
-            except UserError as error:
-                first.unlink()
-                raise UserError(f"nothing was trained, since the checkpoints of this run could not "
-                                f"be read: {error}") from None
+            checkpoint.load(first, full=True)           # what cannot be read back is known now
         rows = {row["step"]: row for row in checkpoint.read_metrics(self.source)
                 if row["step"] <= self.start} if self.source else {}
         record = "".join(json.dumps(rows[step]) + "\n" for step in sorted(rows))
@@ -374,9 +364,9 @@ class Run:
                 signal.signal(signum, handler)
 
 
-def is_left_over(path: Path) -> bool:
-    """Is this what a kill before the first checkpoint leaves in a folder?"""
-    return path.name == "lock" or path.suffix == ".tmp"
+def is_free(folder: Path) -> bool:
+    """Does it hold nothing but what a kill before the first checkpoint leaves?"""
+    return all(path.name == "lock" or path.suffix == ".tmp" for path in folder.glob("*"))
 
 
 def loss_in_eps(diffusion, loss: Tensor, t: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def test_what_a_command_says_when_it_fails(capsys, error, words, status):
     (["--optimizer", "adamw", "--muon-lr", "0.1"], "--muon-lr has no effect"),
     (["--timesteps", "uniform", "--noise-mean", "1"], "--noise-mean has no effect"),
     (["--init-from", "none.pt"], "none.pt does not exist"), (["--resume"], "no run to resume"),
-    (["--resume", "none.pt"], "none.pt does not exist"), (["--resume", "full"], "is a folder"),
+    (["--resume", "none.pt"], "none.pt does not exist"), (["--resume", "full"], "no checkpoint"),
     (["--config", "none.json"], "none.json is not the config.json of a run"),
     (["--config", "taken"], "taken is not the config.json of a run"),
     (["--resume", "--init-from", "x.pt"], "give one"),
