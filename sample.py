@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
                           generator=compute.generator("cpu", args.seed, "labels"))
     else:
         y = torch.tensor([label_of(text, names) for text in args.labels or names[:10]])
-        y = y.repeat_interleave(per_class)
+    y = y.repeat_interleave(per_class)
     columns = per_class if per_class > 1 else math.ceil(math.sqrt(len(y)))
     if args.out is None and not args.npz and not args.png_dir:
         args.out = next_free(OUTPUT, "samples", ".png")

@@ -126,15 +126,17 @@ def recipe_of(args: argparse.Namespace) -> dict:
 
 def sample_parser(description: str) -> Parser:
     p = Parser(description)
-    p.add_argument("checkpoint", nargs="?", metavar="CKPT", help="a checkpoint or a run folder "
-                   "(default: the newest under output/, else the one that ships)")
-    p.add_argument("--ckpt", metavar="CKPT", help="the same, for use behind a list of labels")
-    p.add_argument("--labels", nargs="+", metavar="LABEL", help="class names, number words or "
-                   "indices (default: the first ten classes)")
-    p.add_argument("--random-labels", type=number(int, 1, 1_000_000), metavar="N",
-                   help="one image each of N random labels, which are a function of --seed")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("checkpoint", nargs="?", metavar="CKPT", help="a checkpoint or a run folder "
+                       "(default: the newest under output/, else the one that ships)")
+    which.add_argument("--ckpt", metavar="CKPT", help="the same, for use behind a list of labels")
+    of = p.add_mutually_exclusive_group()
+    of.add_argument("--labels", nargs="+", metavar="LABEL", help="class names, number words or "
+                    "indices (default: the first ten classes)")
+    of.add_argument("--random-labels", type=number(int, 1, 1_000_000), metavar="N",
+                    help="N random labels, which are a function of --seed")
     p.add_argument("--per-class", type=number(int, 1, 100_000), metavar="N",
-                   help="images per label, a row each (default: 10, or 1 with --labels)")
+                   help="images per label, a row each (default: 10, or 1 with labels)")
     p.add_argument("--seed", type=SEED, default=0, help="seed of the noise (default: 0)")
     add_sampling_flags(p, several=True)
     p.add_argument("--out", type=Path, metavar="FILE.png", help="the grid (default: a new numbered "
@@ -192,22 +194,16 @@ def check_outputs(args) -> None:
     """Raise UserError, before any work, for files that cannot be written and for flags of sample.py
     that do not go together."""
     arrays = args.npz or args.png_dir
-    if args.checkpoint and args.ckpt:
-        raise UserError(f"two checkpoints: {args.checkpoint} and --ckpt {args.ckpt}")
-    if args.random_labels and (args.labels or args.per_class):
-        raise UserError("--random-labels cannot be combined with --labels or --per-class")
     if len(args.cfg_scale or ()) > 1 and (args.gif or args.trajectory or arrays):
         raise UserError("--gif, --trajectory, --npz and --png-dir take one --cfg-scale")
     if compute.WORLD > 1 and (not arrays or args.out or args.gif or args.trajectory):
         raise UserError("several processes share the work of --npz and --png-dir only")
-    files = [(getattr(args, name), suffix) for name, suffix in
-             (("out", ".png"), ("gif", ".gif"), ("trajectory", ".png"), ("npz", ".npz"))]
-    targets = [path.resolve() for path, _ in files if path]
-    if len(set(targets)) < len(targets):
-        raise UserError("two flags name the same file")
-    for path, suffix in files:
+    for path, suffix in ((args.out, ".png"), (args.gif, ".gif"), (args.trajectory, ".png"),
+                         (args.npz, ".npz")):
         if path:
             check_target(path, args.force, suffix)
+    if args.out and args.trajectory and args.out.resolve() == args.trajectory.resolve():
+        raise UserError("--out and --trajectory name the same file")
     if args.png_dir:
         check_target(args.png_dir / "x.png", True)
         if args.png_dir.is_dir() and any(args.png_dir.iterdir()) and not args.force:

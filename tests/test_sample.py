@@ -223,6 +223,7 @@ def test_grids_have_a_row_per_label_and_are_near_square_with_one_each(checkpoint
     assert size("--labels", 3, 1, 4, 7, 9) == (3, 2)
     assert size("--labels", 3, 1, "--per-class", 5) == (5, 2)
     assert size("--random-labels", 7) == (3, 3)
+    assert size("--random-labels", 4, "--per-class", 2) == (2, 4)
 
 
 def test_random_labels_are_a_function_of_the_seed(checkpoint):
@@ -316,7 +317,7 @@ def test_default_names_are_numbered_and_nothing_is_overwritten(checkpoint):
     (["--png-dir", "."], "not empty"), (["--device", "tpu"], "tpu"),
     (["--random-labels", "5", "--labels", "3"], "--random-labels"),
     (["--out", "s.png", "--trajectory", "./s.png"], "same file"), (["--npz", "x/"], ".npz"),
-    (["--ckpt", "run"], "two checkpoints"), (["--guidance-interval", "1"], "2 arguments"),
+    (["--ckpt", "run"], "not allowed with argument"), (["--guidance-interval", "1"], "2 arguments"),
 ])
 def test_a_mistake_is_one_line_and_writes_nothing(checkpoint, flags, word, tmp_path):
     Path("file").write_text("")
