@@ -29,7 +29,6 @@ from support import registry
 from support.command import OUTPUT, SHIPPED, UserError, atomic_write, reason, say, short, warn
 
 FORMAT = "dit-lesson/1"
-ANY_ERROR = (Exception,)        # for tools/figures.py
 
 
 class Damaged(UserError):

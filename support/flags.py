@@ -112,7 +112,7 @@ def read_config(path: str, known: dict) -> dict:
     try:
         recipe = json.loads(Path(path).read_text())["recipe"]
         return {key: value for key, value in recipe.items() if key in known and value is not None}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except Exception:
         raise UserError(f"--config {path} is not the config.json of a run") from None
 
 
