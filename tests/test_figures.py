@@ -240,9 +240,9 @@ def test_an_evaluation_is_read_as_evaluate_writes_it(here):
                                  torch.randn(count, 64), labels)
 
     rows = evaluate.report(some(1, 40), some(2, 100), some(3, 40), 0, torch.device("cpu"))
-    measured, weak = json.dumps(json.loads(line(3)) | dict(rows=rows)) + "\n", dict(autoguidance="w")
-    Path("e.jsonl").write_text(line(3) + measured + line(3, weights="model") + line(3, **weak)
-                               + line(3, guidance_interval=[1, 10]))
+    measured = json.dumps(json.loads(line(3)) | dict(rows=rows)) + "\n"
+    Path("e.jsonl").write_text(line(3) + measured + line(3, weights="model")
+                               + line(3, autoguidance="w") + line(3, guidance_interval=[1, 10]))
     (at, found), = figures.read_evaluations(Path("e.jsonl")).items()
     assert at == (7, "ddim", 25)
     assert found == {3: (rows["samples"]["frechet"], rows["samples"]["accuracy"])}
