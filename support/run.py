@@ -189,10 +189,8 @@ class Run:
                             status=1)
         rows = checkpoint.read_metrics(self.folder)
         losses = [row["loss"] for row in rows[-RECENT:] if "loss" in row]
-        took = f"{self.seconds / 60:.1f} minutes" if self.seconds >= 60 else \
-            f"{self.seconds:.2g} seconds"
-        say(f"{self.done - self.start:,} steps in {took}, loss "
-            f"{sum(losses) / max(1, len(losses)):.4f} (last {len(losses)} steps); saved: {newest}")
+        say(f"step {self.done:,}, loss {sum(losses) / max(1, len(losses)):.4f} (last {len(losses)} "
+            f"steps); saved: {newest}")
         if self.done < self.args.steps:
             device = ["--device", self.args.device] if self.args.device else []
             say(f"stopped at step {self.done:,} of {self.args.steps:,}; to continue: " + shlex.join(
@@ -215,7 +213,7 @@ class Run:
         signal ends it after a step."""
         if self.start >= self.stop:
             return
-        args, begun, self.clock = self.args, time.perf_counter(), time.perf_counter()
+        args, self.clock = self.args, time.perf_counter()
         with self.signals(), tqdm(total=args.steps, initial=self.start, unit="step", smoothing=0.1,
                                   dynamic_ncols=True, disable=RANK > 0) as self.bar:
             while self.done < self.stop:
@@ -238,7 +236,6 @@ class Run:
                     self.clock = time.perf_counter()
                 if stopped:
                     break
-        self.seconds = time.perf_counter() - begun
         self.tell_logger("close")
 
     def random(self, step: int) -> compute.StepRandom:

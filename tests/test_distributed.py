@@ -90,7 +90,7 @@ def test_20_steps_are_those_of_one_process(trained, world):
     trained(*flags, out="one")
     together(world, *flags, "--preview-every", 10, "--out", "many")
     assert_same_to_rounding("one", "many")
-    assert "20 steps in" in printed(0) and not printed(1)   # rank 0 alone prints and writes
+    assert "step 20, loss" in printed(0) and not printed(1)   # rank 0 alone prints and writes
     assert sorted(p.name for p in Path().iterdir() if "rank" not in p.name) == ["many", "one"]
     assert not list(Path("many").rglob(".*"))
 
