@@ -365,6 +365,14 @@ def test_these_flags_change_a_step_and_the_others_do_not(train, trained, others,
     assert (losses("run") == wanted) == (key not in CHANGES)
 
 
+def test_the_default_weighting_is_the_predictions(train):
+    for i, (flags, weighting) in enumerate([
+            ([], "v"), (["--prediction", "eps"], "plain"),
+            (["--prediction", "eps", "--weighting", "v"], "v")]):
+        train("--steps", 1, "--out", f"run{i}", *flags)
+        assert sample.load(f"run{i}").diffusion.weighting == weighting
+
+
 def test_a_network_with_an_argument_of_its_own_trains_resumes_and_samples(
         train, others, monkeypatch):
     monkeypatch.setitem(dit.MODELS, TINY, dict(TINY_SIZE, share=0.25))
