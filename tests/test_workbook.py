@@ -100,6 +100,7 @@ GUIDED = """
     ("classifier_free_guidance", GUIDED, "right"),
     ("Attention.forward", ATTENTION.replace(" / q.shape[-1] ** 0.5", ""),
      "1 / sqrt(D / heads) is missing"),
+    ("Attention.forward", ATTENTION.replace("0.5", "0.49"), "wrong by up to 0.0"),
     ("DiTBlock.forward", BLOCK.replace("b1, s1, g1, b2, s2", "s1, b1, g1, s2, b2"),
      "shift and scale are exchanged"),
     ("classifier_free_guidance", GUIDED.replace("1 - cfg_scale", "cfg_scale"),
