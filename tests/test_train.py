@@ -413,6 +413,7 @@ def test_without_mnist_glyphs_are_used_and_named_but_not_for_who_named_it(
 
     monkeypatch.setattr(data, "load_torchvision", fail)
     flags = ("--model", TINY, "--batch-size", 4, "--steps", 1)
+    given = dict(model=TINY, batch_size=4, steps=1)
     for named in (("--dataset", "mnist"), ("--data-dir", "there")):
         assert "no network" in refused(train_mnist.main, *flags, *named)
     assert not Path("output").exists()
@@ -421,6 +422,7 @@ def test_without_mnist_glyphs_are_used_and_named_but_not_for_who_named_it(
     assert "NO MNIST" in out and "GLYPHS" in out
     config = load("output/001-glyphs-DiT-Test-7/step_0000001.pt")["config"]
     assert config["data"]["dataset"] == config["recipe"]["dataset"] == "glyphs"
+    assert config["recipe"].items() >= (PRESETS["cpu"] | given).items()     # this device's preset
     assert train_mnist.main(["--resume", "--steps", "2"]) == 0          # goes on with glyphs
 
 
