@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from support.command import UserError
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)     # a script's background job ignores it
 
 TINY, TINY_SIZE = "DiT-Test/7", dict(patch_size=7, hidden_size=16, depth=2, num_heads=2)
 ALONE = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}    # a process that a test starts
