@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     say(f"{short(checkpoint.path)}: step {checkpoint.step:,}, {options['sampler']} in {steps} "
         f"steps, guidance {', '.join(f'{s:g}' for s in scales)}, {len(y):,} image"
         f"{'s' * (len(y) > 1)}, seed {args.seed}",
-        "classes, in this order: " + pictures.label_list(y, names))
+        "classes, in this order: " + pictures.label_list(y[::per_class], names))
 
     recorder = pictures.FrameRecorder() if args.gif or args.trajectory else None
     mine = list(torch.arange(len(y)).split(args.batch_size))[compute.RANK :: compute.WORLD]

@@ -155,11 +155,12 @@ def load_fitting(model: nn.Module, path: Path, class_names: list[str], same: Cal
     are matched by name: same(name, names) is the index of a class in `names`, or None."""
     found, own, table = read_archive(path), model.state_dict(), "y_embedder.embedding_table.weight"
     weights = dict(found.get("ema", found)) if isinstance(found, dict) else {}
-    if isinstance(found, dict) and table in weights.keys() & own.keys() and "class_names" in found:
+    if table in weights.keys() & own.keys() and "class_names" in found \
+            and weights[table].shape[1:] == own[table].shape[1:]:
         rows = [same(name, found["class_names"]) for name in class_names]
         embeddings = own[table].clone()
         for i, row in enumerate([*rows, len(found["class_names"])]):        # and "no class"
-            if row is not None and embeddings.shape[1] == weights[table].shape[1]:
+            if row is not None:
                 embeddings[i] = weights[table][row]
         weights[table] = embeddings
         if None in rows:

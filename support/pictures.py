@@ -107,10 +107,9 @@ def trajectory(recorder: FrameRecorder, columns: int = 10, scale: int | None = N
     return page
 
 
-def label_list(y: Tensor, names: list[str], most: int = 10) -> str:
-    """The classes of the labels y (N,), each once, in the order of their images."""
-    kinds = [names[i] for i in dict.fromkeys(y.tolist())]
-    return ", ".join(kinds[:most]) + f" ... ({len(kinds)} classes)" * (len(kinds) > most)
+def label_list(y: Tensor, names: list[str], most: int = 100) -> str:
+    """The class names of the labels y (N,), one for each."""
+    return ", ".join(names[i] for i in y[:most].tolist()) + f" ... ({len(y):,})" * (len(y) > most)
 
 
 # ---------------------------------------------------------------- files of sample.py

@@ -59,6 +59,18 @@ def test_init_from_matches_class_embeddings_by_name(train, checkpoint, here, cap
     assert torch.equal(after[3], before[10])                                        # "no class"
     assert not torch.equal(after[0], before[0])                                     # apple
     assert "initialised: apple" in capsys.readouterr().out
+    assert train("--dataset", "folder:own", "--image-size", 28, "--init-from", checkpoint,
+                 "--model", "DiT-Nano/7", "--out", "wide", "--steps", 1) == 0       # fits nowhere
+    assert f"{key}" in capsys.readouterr().out.split("initialised: ")[1]
+
+
+def test_the_classes_drawn_are_printed_in_the_order_of_their_images(here, capsys):
+    for flags, classes in (("--labels 3 1 three", "3, 1, 3"), ("--labels 7 1 --per-class 2",
+                           "7, 1"), ("--random-labels 3 --seed 1", None)):
+        assert sample.main(["--steps", "1", "--npz", "x.npz", "--force", *flags.split()]) == 0
+        drawn = ", ".join(map(str, np.load("x.npz")["arr_1"].tolist()))
+        line, = [x for x in capsys.readouterr().out.splitlines() if "in this order" in x]
+        assert line == f"classes, in this order: {classes or drawn}"
 
 
 def own_images(folder: Path, *names: str, mode: str = "L") -> Path:
