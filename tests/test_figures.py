@@ -180,11 +180,12 @@ def test_attention_weights_are_those_of_the_network(train, sheets, monkeypatch, 
     monkeypatch.setattr(figures, "overlay", lambda *a: panels.append(a) or overlay(*a))
     flags = ["attention", "run", "--times", "900", "0", "--out", "a.png"]
     assert run(*flags) == 0
-    rows, names, heads, _feet, group = sheets[0]
+    rows, names, heads, _feet, group, title = sheets[0]
     assert names == ["t = 900, head 0", "t = 900, head 1", "t = 0, head 0", "t = 0, head 1"]
     assert heads == ["xt", "block 0", "block 1"] * 2 and group == 2
     assert [[image is None for image in row] for row in rows] == [
         [False] * 6, [True, False, False] * 2] * 2
+    assert title.startswith(f"{conftest.TINY} (step_0000002.pt)")
     checkpoint, drawn = load("run"), iter(p for p in panels if p[2].any())
     for k, block in enumerate(checkpoint.model.blocks):
         block.attn.qkv.register_forward_hook(lambda m, i, out, k=k: seen.update({(k, "v"): out}))

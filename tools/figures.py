@@ -57,15 +57,16 @@ def picture(image: Tensor) -> Image.Image:
 
 
 def sheet(rows: list, names: list[str], heads: list[str], feet: list[str] | None = None,
-          group: int = 1000) -> Image.Image:
+          group: int = 1000, title: str = "") -> Image.Image:
     """Rows of images (C, H, H), pictures, or None for a gap. A name left of each row, a head above
     and a foot of two lines below each column; a wider gap after every `group` rows."""
     font = ImageFont.load_default(size=14)
     left = 12 + max(int(font.getlength(name)) for name in names)
-    top, pitch = 28, CELL + GAP
+    top, pitch = 28 + 26 * bool(title), CELL + GAP
     bottom = top + len(rows) * pitch + (len(rows) - 1) // group * 3 * GAP
     page = Image.new("RGB", (left + len(heads) * pitch, bottom + 44 * bool(feet)), "white")
     draw = ImageDraw.Draw(page)
+    draw.text((left, 16), title, "black", font, anchor="lm")
     for y, words in (top - 14, heads), (bottom + 22, feet or []):
         for column, text in enumerate(words):
             draw.multiline_text((left + column * pitch + CELL / 2, y), text, "black", font,
@@ -80,6 +81,10 @@ def sheet(rows: list, names: list[str], heads: list[str], feet: list[str] | None
     return page
 
 
+def recipe_of(checkpoint: Checkpoint) -> dict:
+    return checkpoints.load(checkpoint.path)["config"]["recipe"]
+
+
 def noised_images(args: Namespace, diffusion, checkpoint: Checkpoint | None = None
                   ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """--images images of the test set (at most all), class-balanced, in an order that depends on
@@ -89,8 +94,7 @@ def noised_images(args: Namespace, diffusion, checkpoint: Checkpoint | None = No
     size, trained_on, device = None, "mnist", "cpu"
     if checkpoint:
         size, device = checkpoint.model.input_size, next(checkpoint.model.parameters()).device
-        recipe = checkpoints.load(checkpoint.path)["config"]["recipe"]
-        trained_on = recipe.get("dataset") or "mnist"
+        trained_on = recipe_of(checkpoint).get("dataset") or "mnist"
     test = data.load(args.dataset or trained_on, args.data_dir, size, "test")
     if test.channels not in (1, 3) or checkpoint and (test.channels, test.class_names) != (
             checkpoint.model.in_channels, checkpoint.class_names):
@@ -230,8 +234,10 @@ def attention(args: Namespace) -> Image.Image:
             for i, q in enumerate(query):
                 rows[-1].append(overlay(xt[i], q, torch.zeros(N)) if h == 0 else None)
                 rows[-1] += [overlay(xt[i], q, weights[i, h, q, :N]) for weights in blocks.found]
+    name = f"{recipe_of(checkpoint).get('model', 'DiT')} ({checkpoint.path.name})"
     return sheet(rows, names, ["xt", *(f"block {k}" for k in range(len(blocks.found)))] * len(x0),
-                 None, heads)
+                 None, heads, f"{name}. Cyan: one patch. Orange: the share of its attention, from "
+                 "0 (dark) to 100% (bright).")
 
 
 # ---------------------------------------------------------------- training (matplotlib)
