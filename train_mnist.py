@@ -71,8 +71,8 @@ def train(model: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimiz
     """The training loop. B is the batch size (of this process, under torchrun)."""
     args = run.args
     net = prepare(model, run.device, run.precision, run.compiled)   # mixed precision, compiler ...
-    update = run.replayed(partial(training_step, net, ema, optimizers, diffusion, run.scaler,
-                                  args.clip or float("inf")))       # on one GPU: a CUDA graph
+    update = partial(training_step, net, ema, optimizers, diffusion, args.clip or float("inf"))
+    update = run.replayed(update)                               # on one GPU: as a CUDA graph
     for step in run.steps():                                    # saves and previews in between
         rng = run.random(step)                                  # a function of --seed and step
         x0, y = batches(step)                                   # (B, C, H, H) in [-1, 1]; (B,)
@@ -87,19 +87,16 @@ def train(model: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimiz
         run.log(loss=loss, t=t, grad_norm=grad_norm, lr=args.lr * lr_factor)
 
 
-def training_step(net, ema, optimizers, diffusion, scaler, clip: float, x0: Tensor, t: Tensor,
-                  y: Tensor, eps: Tensor, ema_decay: float | Tensor) -> tuple[Tensor, Tensor]:
+def training_step(net, ema, optimizers, diffusion, clip: float, x0: Tensor, t: Tensor, y: Tensor,
+                  eps: Tensor, ema_decay: float | Tensor) -> tuple[Tensor, Tensor]:
     """One update of net and ema, in place. Returns the loss of each image (B,) and the norm of the
-    gradient before clipping. scaler: of fp16 alone, whose small gradients would become 0."""
+    gradient before clipping."""
     loss = diffusion.loss(net, x0, t, y, eps)                   # (B,)
-    scaler.scale(loss.mean()).backward()
-    for opt in optimizers:
-        scaler.unscale_(opt)
+    loss.mean().backward()
     grad_norm = nn.utils.clip_grad_norm_(net.parameters(), clip)
     for opt in optimizers:
-        scaler.step(opt)
+        opt.step()
         opt.zero_grad()
-    scaler.update()
     update_ema(ema, net, ema_decay)
     return loss.detach(), grad_norm
 

@@ -8,7 +8,7 @@ A checkpoint is a dict that torch.save wrote:
                    sample.py's defaults; data: what it was trained on; recipe: every flag
     class_names    one string per class
     ema            the averaged weights (float16 in a shared checkpoint, else float32)
-    model, opt, scaler      in a full checkpoint: what `--resume` needs as well
+    model, opt     in a full checkpoint: what `--resume` needs as well
 """
 
 import contextlib
@@ -129,7 +129,7 @@ def build(state: dict, weights: str = "ema", device: torch.device | str = "cpu")
     return model.eval().to(device), process.to(device)
 
 
-def restore(state: dict, model: nn.Module, ema: nn.Module, optimizers: list, scaler) -> None:
+def restore(state: dict, model: nn.Module, ema: nn.Module, optimizers: list) -> None:
     """Load what --resume needs; the options of the optimizers are those they were made with."""
     try:
         model.load_state_dict(state["model"])
@@ -143,8 +143,6 @@ def restore(state: dict, model: nn.Module, ema: nn.Module, optimizers: list, sca
                     w.shape in ((), params[k].shape) and w.isfinite().all()
                     for w in moments.values()), "its moments")
             opt.load_state_dict({**fresh, "state": saved})
-        if scaler.is_enabled():
-            scaler.load_state_dict(state["scaler"])
     except Exception as error:
         raise UserError(f"the checkpoint's optimizer states do not fit ({reason(error)})") from None
 

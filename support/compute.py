@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from support.command import UserError, say, warn
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Seconds that compiling takes, and that it saves in a step: a constant and a share per activation
 # (images x tokens x width x blocks); of two CPU cores and of an H200 (docs/experiments.md).
 COMPILING = {"cpu": (45, 0.0, 2.3e-8), "cuda": (7, 5e-4, 1.1e-10)}
@@ -48,17 +48,16 @@ def pick_device(name: str | None = None) -> torch.device:
     return device
 
 
-def pick_precision(name: str, device: torch.device, training: bool = False) -> str:
-    """The number format of matrix products. auto: bf16 where the hardware multiplies it, fp16 for
-    training on a GPU that does not (a T4), else fp32 (TF32 on a GPU)."""
-    if name != "auto":
+def pick_precision(name: str, device: torch.device) -> str:
+    """The number format of matrix products. auto: bf16 where the hardware multiplies it, else fp32
+    (TF32 on a GPU)."""
+    if name in DTYPES:
         return name
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16"
-        return "fp16" if training else "fp32"
-    fast = device.type == "cpu" and any(getattr(torch.cpu, f"_is_{unit}_supported", bool)()
-                                        for unit in ("avx512_bf16", "amx_tile"))
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and any(getattr(torch.cpu, f"_is_{unit}_supported", bool)()
+                                            for unit in ("avx512_bf16", "amx_tile"))
     return "bf16" if fast else "fp32"
 
 

@@ -21,7 +21,7 @@ OTHERS = dict(out=None, stop_after=None, device=None, init_from=None, dataset="m
 SHARE, POSITIVE = number(float, 0, 1), number(float, 0)
 SAMPLING = dict(cfg_scale=number(float, -100, 100), steps=COUNT, eta=SHARE, seed=SEED,
                 batch_size=number(int, 1, 100_000))
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def train_parser(description: str, defaults: dict, choices: dict) -> Parser:

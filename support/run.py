@@ -46,8 +46,7 @@ class Run:
         preset = presets["gpu" if self.device.type == "cuda" else "cpu"]
         self.args = args = flags.resolve(given, {**defaults, **preset},
                                          self.resumed and self.resumed["config"]["recipe"])
-        self.precision = compute.pick_precision(args.precision, self.device, training=True)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.precision = compute.pick_precision(args.precision, self.device)
         self.share = compute.share_of(args.batch_size)
         self.start = self.done = self.resumed["step"] if self.resumed else 0
         self.stop = min(args.steps, self.start + (args.stop_after or args.steps))
@@ -131,7 +130,7 @@ class Run:
         self.compiled = compute.pick_compile(self.args.compile, self.device, model,
                                              self.args.batch_size, self.stop - self.start)
         if self.resumed:
-            checkpoint.restore(self.resumed, model, ema, optimizers, self.scaler)
+            checkpoint.restore(self.resumed, model, ema, optimizers)
         if self.start >= self.stop:
             say(f"{short(self.folder)} is at step {self.start:,} already: a larger --steps "
                 f"continues it")
@@ -204,7 +203,7 @@ class Run:
 
     def replayed(self, step: Callable) -> Callable:
         """The step as it will be called: on one GPU as a CUDA graph."""
-        if self.device.type == "cuda" and WORLD == 1 and not self.scaler.is_enabled():
+        if self.device.type == "cuda" and WORLD == 1:
             return replay.replayed_step(step, self.optimizers, self.device)
         return step
 
@@ -259,7 +258,7 @@ class Run:
             row = dict(loss=loss, loss_eps=loss_eps, grad_norm=norm, lr=lr, **{
                 f"loss_q{i + 1}": quarters[i] / quarters[4 + i] for i in range(4)
                 if quarters[4 + i]})
-            if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            if not math.isfinite(loss + norm):
                 self.write_rows(lines)
                 raise UserError(
                     f"the loss or its gradient is not finite at step {step}: nothing of it is "
@@ -303,8 +302,7 @@ class Run:
         checkpoint.save(self.folder / f"step_{self.done:07d}.pt", dict(
             step=self.done, config=self.config, class_names=self.class_names,
             ema=self.ema.state_dict(), model=self.model.state_dict(),
-            opt={i: opt.state_dict() for i, opt in enumerate(self.optimizers)},
-            scaler=self.scaler.state_dict()))
+            opt={i: opt.state_dict() for i, opt in enumerate(self.optimizers)}))
         self.saved = self.done
         for old in checkpoint.checkpoints_in(self.folder)[:-self.args.keep]:
             old.unlink(missing_ok=True)

@@ -131,7 +131,6 @@ class Steps:
 
     def __init__(self, args):
         self.args, self.device, self.precision, self.compiled = args, CPU, "fp32", False
-        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.losses = []
 
     def steps(self):

@@ -55,7 +55,7 @@ def some_state(seed: int = 0) -> dict:
         data=dict(dataset="some", digest="0123"), recipe=dict(lr=1e-3, seed=0),
         sampling=dict(sampler="ddim", steps=5, eta=0.0, cfg_scale=2.0))
     return dict(format=checkpoints.FORMAT, step=1, config=config, class_names=["a", "b", "c"],
-                ema=ema.state_dict(), model=net.state_dict(), scaler={},
+                ema=ema.state_dict(), model=net.state_dict(),
                 opt={i: o.state_dict() for i, o in enumerate(optimizers)})
 
 
@@ -75,7 +75,7 @@ def test_what_was_saved_is_loaded_and_built(path):
         model, diffusion = checkpoints.build(state, weights)
         assert tensors_equal(dict(model.state_dict()), dict(state[weights]))
         assert not model.training and diffusion.prediction == "v"
-    for key in ("model", "opt", "scaler"):
+    for key in ("model", "opt"):
         del state[key]
     state["ema"] = {name: w.half() for name, w in state["ema"].items()}
     checkpoints.save(path, state)                       # as a shared checkpoint
@@ -287,11 +287,11 @@ def test_the_commands_end_in_one_line_and_write_nothing(path, capsys, monkeypatc
 
 
 def test_optimizers_are_restored_and_their_states_checked():
-    saved, scaler = some_state(), torch.amp.GradScaler("cpu", enabled=False)
+    saved = some_state()
     net, ema = DiT(**MODEL), DiT(**MODEL)
     optimizers = optimizers_of(net)
     saved["opt"][0]["param_groups"][0]["lr"] = "nonsense"               # not taken from the file
-    checkpoints.restore(saved, net, ema, optimizers, scaler)
+    checkpoints.restore(saved, net, ema, optimizers)
     for i, opt in enumerate(optimizers):
         assert tensors_equal(opt.state_dict(), some_state()["opt"][i])
     assert tensors_equal(dict(net.state_dict()), dict(saved["model"]))
@@ -303,7 +303,7 @@ def test_optimizers_are_restored_and_their_states_checked():
                       lambda s: next(reversed(s["state"][0].values())).fill_(NAN)):
             spoil((wrong := some_state())["opt"][i])
             assert "optimizer states do not fit" in refusal(
-                checkpoints.restore, wrong, net, ema, optimizers_of(net), scaler)
+                checkpoints.restore, wrong, net, ema, optimizers_of(net))
 
 
 # ---------------------------------------------------------------- an argument of one's own

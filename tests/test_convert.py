@@ -54,7 +54,7 @@ def make(here):
             sampling=dict(sampler="ddim", steps=5, eta=0.0, cfg_scale=1.5))
         ema = ema or randomised(NETWORKS[network](**model))
         checkpoints.save(here / "c.pt", dict(step=7, config=config, class_names=["a", "b`", "ü"],
-                                             ema=ema, model=ema, opt=[], scaler={}))
+                                             ema=ema, model=ema, opt=[]))
         return here / "c.pt"
     return make
 

@@ -43,7 +43,7 @@ def run(*words, **options) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("precision, apart", [("fp32", 5e-3), ("bf16", 3e-2), ("fp16", 3e-2)])
+@pytest.mark.parametrize("precision, apart", [("fp32", 5e-3), ("bf16", 3e-2)])
 def test_gpu_20_steps_are_the_cpus_to_rounding(train, monkeypatch, precision, apart):
     """Each device draws its own random numbers; here both get the CPU's."""
     from support import compute
@@ -78,9 +78,8 @@ def test_gpu_a_captured_step_is_the_uncaptured_one(train, monkeypatch, optimizer
     assert all(torch.allclose(captured[k], launched[k], atol=1e-3) for k in captured)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_gpu_stop_and_resume_continues_the_run(train, precision):
-    flags = (*GPU, "--steps", 16, "--precision", precision)
+def test_gpu_stop_and_resume_continues_the_run(train):
+    flags = (*GPU, "--steps", 16)
     train(*flags, "--out", "straight")
     train(*flags, "--stop-after", 7, "--out", "run")
     train("--resume", "--out", "run", "--device", "cuda")

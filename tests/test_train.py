@@ -26,7 +26,6 @@ from train_mnist import (
     PRESETS, RECIPE, draw_timesteps, ema_decay_at, make_optimizers, schedule, training_step,
 )
 
-OFF = torch.amp.GradScaler("cpu", enabled=False)
 
 
 def losses(folder) -> list[float]:
@@ -100,7 +99,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
 def test_gradients_are_clipped_to_a_norm(clip, share):
     model = tiny()
     before, opt = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=1.0)
-    loss, norm = training_step(model, copy.deepcopy(model), [opt], GaussianDiffusion(), OFF, clip,
+    loss, norm = training_step(model, copy.deepcopy(model), [opt], GaussianDiffusion(), clip,
                                *batch(), 0.5)
     moved = sum((a - b).square().sum() for a, b in zip(model.parameters(), before.parameters(),
                                                        strict=True)).sqrt().item()
@@ -121,7 +120,7 @@ def test_a_step_with_its_rates_in_tensors_is_the_same_bit_for_bit(optimizer):
         for step in range(4):
             set_learning_rates(optimizers, schedule(step, 4, 2, 0.5))
             decay = ema_decay_at(step, 0.9)
-            training_step(model, ema, optimizers, GaussianDiffusion(), OFF, 1.0, *batch(),
+            training_step(model, ema, optimizers, GaussianDiffusion(), 1.0, *batch(),
                           torch.tensor(decay, dtype=torch.float64) if in_tensors else decay)
             model.zero_grad()
         assert optimizers[0].param_groups[0]["lr"] == 0.5 * RECIPE["lr"]
@@ -165,7 +164,7 @@ def fake_loop(monkeypatch, precision: str, **flags) -> list:
                           normal=lambda *shape: torch.randn(4, *shape, device=CUDA))
     run = SimpleNamespace(
         args=args, device=CUDA, precision=precision, compiled=False, random=lambda step: rng,
-        scaler=torch.amp.GradScaler("cuda", enabled=False), steps=lambda: iter([0, 1]),
+        steps=lambda: iter([0, 1]),
         replayed=lambda step: replay.replayed_step(step, optimizers, CUDA),
         log=lambda **numbers: logged.append(numbers))
     train_mnist.train(model, ema, optimizers, diffusion.to(CUDA), batches, run)

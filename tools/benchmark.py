@@ -118,10 +118,9 @@ class Ours:
         self.diffusion.to(args.device)
         self.optimizers = train_mnist.make_optimizers(self.model, args)
         net = compute.prepare(self.model, args.device, precision, args.compile)
-        scaler = torch.amp.GradScaler(args.device.type, enabled=precision == "fp16")
         self.update = partial(train_mnist.training_step, net, self.ema, self.optimizers,
-                              self.diffusion, scaler, args.clip or inf)
-        if args.device.type == "cuda" and not scaler.is_enabled():
+                              self.diffusion, args.clip or inf)
+        if args.device.type == "cuda":
             self.update = replay.replayed_step(self.update, self.optimizers, args.device)
 
     def __call__(self) -> None:
@@ -229,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     preset = train_mnist.PRESETS["cpu" if device.type == "cpu" else "gpu"]
     given = {key: value for key, value in vars(flags).items() if value is not None}
     args = Namespace(**{**train_mnist.RECIPE, **preset, **given},
-                     best=compute.pick_precision("auto", device, training=True))
+                     best=compute.pick_precision("auto", device))
     args.sizes = dict(MODELS[args.model], input_size=args.image_size, in_channels=args.channels)
     n, side = max(256, args.batch_size), args.image_size
     images = data.ImageSet(torch.randint(256, (n, args.channels, side, side), dtype=torch.uint8),
