@@ -61,28 +61,25 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bf16" if fast else "fp32"
 
 
-@contextlib.contextmanager
-def autocast(device: torch.device, precision: str):
-    """Matrix products in `precision`. On a CPU, the backward of attention's bf16 kernel is several
-    times slower than the plain products of the MATH backend, which is therefore selected there."""
-    if precision == "fp32":
-        yield
-        return
-    kernels = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Matrix products in `precision`."""
     cache = device.type != "cuda"   # a cached cast would be outside of a graph: support/replay.py
-    with torch.autocast(device.type, DTYPES[precision], cache_enabled=cache), kernels:
-        yield
+    return torch.autocast(device.type, torch.bfloat16, precision == "bf16", cache_enabled=cache)
 
 
 class Autocast(nn.Module):
-    """A network whose forward, and nothing around it, runs in `precision`."""
+    """A network in training whose forward, and nothing around it, runs in `precision`. On a CPU the
+    backward of attention's bf16 kernel is several times slower than the plain products of the MATH
+    backend, which is therefore selected."""
 
     def __init__(self, model: nn.Module, device: torch.device, precision: str):
         super().__init__()
         self.model, self.device, self.precision = model, device, precision
+        self.plain = device.type == "cpu" and precision == "bf16"
 
     def forward(self, xt: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        with autocast(self.device, self.precision):
+        kernels = sdpa_kernel(SDPBackend.MATH) if self.plain else contextlib.nullcontext()
+        with autocast(self.device, self.precision), kernels:
             return self.model(xt, t, y)
 
 
