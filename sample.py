@@ -13,7 +13,6 @@ import support.threads  # noqa: F401  (before torch)
 
 import inspect
 import math
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from diffusion import GaussianDiffusion, classifier_free_guidance
 from dit import DiT
 from support import checkpoint as checkpoints, compute, pictures
+from support.classes import label_list, label_of
 from support.command import OUTPUT, UserError, next_free, run_command, say, short
 from support.data import to_uint8
 from support.flags import check_options, check_outputs, sample_parser
@@ -34,8 +34,6 @@ from support.registry import GUIDANCE, NETWORKS, PROCESSES, SAMPLERS
 
 NETWORKS["dit"], PROCESSES["ddpm"] = DiT, GaussianDiffusion
 import variants  # noqa: E402, F401  (registers the others)
-
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
 @dataclass
@@ -73,8 +71,8 @@ def sample(checkpoint: Checkpoint, y: Tensor, *, cfg_scale: float | None = None,
     cfg_scale, steps, sampler, eta: None is what the checkpoint suggests. Image i has the noise of
     image first + i of `seed`, whatever the batch size and the device. guidance(model, y,
     cfg_scale): what makes predict(xt, t). noise(t, low, high): in place of that of images low to
-    high - 1. After each step `watch(t, xt, x_next, x0_hat)` gets the
-    network's input, the result of the step and its estimate of x0; `bar` counts images x steps.
+    high - 1. After each step `watch(t, xt, x_next, x0_hat)` gets the network's input, the result of
+    the step and its estimate of x0; `bar` counts images x steps.
     Raises UserError for a sampler, steps or eta that the process does not have.
     """
     model, device = checkpoint.model, next(checkpoint.model.parameters()).device
@@ -120,37 +118,6 @@ def generate(checkpoint: Checkpoint, labels: Sequence[int | str], **options) -> 
 # ---------------------------------------------------------------- what was asked for
 
 
-def number_meant(name: str) -> int | None:
-    """The number that "7", "07" or "seven" means; None for other names."""
-    name = name.strip().lower()
-    if name in WORDS:
-        return WORDS.index(name)
-    return int(name) if name.isdecimal() and len(name) < 20 else None
-
-
-def find_class(name: int | str, class_names: list[str]) -> int | None:
-    """The index of the class with this name or, where it is the only one, with a name that means
-    the same number ("3" and "three"). None where there is none."""
-    text, *names = (unicodedata.normalize("NFC", str(each)) for each in (name, *class_names))
-    numbers, wanted = [number_meant(each) for each in names], number_meant(text)
-    if text in names:
-        return names.index(text)
-    return numbers.index(wanted) if wanted is not None and numbers.count(wanted) == 1 else None
-
-
-def label_of(label: int | str, class_names: list[str]) -> int:
-    """The index of a class given by its name or number (`find_class`) or, where no class name means
-    a number, by its index. Raises UserError."""
-    found, index = find_class(label, class_names), number_meant(str(label))
-    if found is None and index is not None and not any(
-            number_meant(name) is not None for name in class_names):
-        found = index if index < len(class_names) else None
-    if found is None:
-        raise UserError(f"label {label} is not a class of this model: "
-                        f"{', '.join(class_names[:20])}{' ...' * (len(class_names) > 20)}")
-    return found
-
-
 def find_sampler(checkpoint: Checkpoint, name: str | None, steps: int | None, eta: float | None
                  ) -> Callable:
     """A sampler with its options, of those that are given and those that the checkpoint suggests:
@@ -193,6 +160,17 @@ def sampling_options(args, checkpoint: Checkpoint) -> dict:
     return options | dict(guidance=guidance)
 
 
+def labels_of(args, names: list[str]) -> tuple[Tensor, int]:
+    """The label of each image (N,), and how many images of one label follow each other."""
+    per_class = args.per_class or (1 if args.labels or args.random_labels else 10)
+    if args.random_labels:
+        y = torch.randint(len(names), (args.random_labels,),
+                          generator=compute.generator("cpu", args.seed, "labels"))
+    else:
+        y = torch.tensor([label_of(text, names) for text in args.labels or names[:10]])
+    return y.repeat_interleave(per_class), per_class
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -206,21 +184,14 @@ def main(argv: list[str] | None = None) -> int:
     names, options = checkpoint.class_names, sampling_options(args, checkpoint)
     scales = options.pop("cfg_scale")
     scales = scales if isinstance(scales, list) else [scales]
-    per_class = args.per_class or (1 if args.labels or args.random_labels else 10)
-    if args.random_labels:
-        y = torch.randint(len(names), (args.random_labels,),
-                          generator=compute.generator("cpu", args.seed, "labels"))
-    else:
-        y = torch.tensor([label_of(text, names) for text in args.labels or names[:10]])
-    y = y.repeat_interleave(per_class)
-    columns = per_class if per_class > 1 else math.ceil(math.sqrt(len(y)))
+    y, per_class = labels_of(args, names)
     if args.out is None and not args.npz and not args.png_dir:
         args.out = next_free(OUTPUT, "samples", ".png")
     steps = options["steps"] or checkpoint.diffusion.num_timesteps
     say(f"{short(checkpoint.path)}: step {checkpoint.step:,}, {options['sampler']} in {steps} "
         f"steps, guidance {', '.join(f'{s:g}' for s in scales)}, {len(y):,} image"
         f"{'s' * (len(y) > 1)}, seed {args.seed}",
-        "classes, in this order: " + pictures.label_list(y[::per_class], names))
+        "classes, in this order: " + label_list(y[::per_class], names))
 
     recorder = pictures.FrameRecorder() if args.gif or args.trajectory else None
     mine = list(torch.arange(len(y)).split(args.batch_size))[compute.RANK :: compute.WORLD]
@@ -234,6 +205,7 @@ def main(argv: list[str] | None = None) -> int:
                 watch=recorder, bar=bar, **options))).cpu() for batch in mine}
             parts = {k: v for each in compute.gather_to_rank0(parts) or [] for k, v in each.items()}
             grids.append([parts[k] for k in sorted(parts)])
+    columns = per_class if per_class > 1 else math.ceil(math.sqrt(len(y)))
     if compute.RANK == 0:
         pictures.write_outputs(args, [torch.cat(parts) for parts in grids], scales, y, names,
                                columns, recorder)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from diffusion import PREDICTIONS, WEIGHTINGS, GaussianDiffusion
 from dit import MODELS
-from sample import Checkpoint, find_class, sample
+from sample import Checkpoint, sample
 from support.command import UserError, run_command
 from support.compute import prepare, seed_of, set_learning_rates
 from support.data import Batches
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None, run_type: type = Run) -> int:
         diffusion = process(**objective).to(run.device)
     except ValueError as error:                             # the patch does not fit, say
         raise UserError(f"--model {args.model}: {error}") from None
-    run.load_initial(model, images.class_names, find_class)     # --init-from
+    run.load_initial(model, images.class_names)                 # --init-from
     model = model.to(run.device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, args)

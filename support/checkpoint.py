@@ -19,13 +19,13 @@ import re
 import warnings
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from support import registry
+from support.classes import find_class
 from support.command import OUTPUT, SHIPPED, UserError, atomic_write, reason, say, short, warn
 
 FORMAT = "dit-lesson/1"
@@ -147,15 +147,15 @@ def restore(state: dict, model: nn.Module, ema: nn.Module, optimizers: list) -> 
         raise UserError(f"the checkpoint's optimizer states do not fit ({reason(error)})") from None
 
 
-def load_fitting(model: nn.Module, path: Path, class_names: list[str], same: Callable) -> None:
+def load_fitting(model: nn.Module, path: Path, class_names: list[str]) -> None:
     """--init-from: copy every tensor of a file (a checkpoint, or a state dict) whose name and shape
     are those of `model`, and print the names of the others. Of a checkpoint the class embeddings
-    are matched by name: same(name, names) is the index of a class in `names`, or None."""
+    are matched by name (`find_class`)."""
     found, own, table = read_archive(path), model.state_dict(), "y_embedder.embedding_table.weight"
     weights = dict(found.get("ema", found)) if isinstance(found, dict) else {}
     if table in weights.keys() & own.keys() and "class_names" in found \
             and weights[table].shape[1:] == own[table].shape[1:]:
-        rows = [same(name, found["class_names"]) for name in class_names]
+        rows = [find_class(name, found["class_names"]) for name in class_names]
         embeddings = own[table].clone()
         for i, row in enumerate([*rows, len(found["class_names"])]):        # and "no class"
             if row is not None:

@@ -19,8 +19,8 @@ OTHERS = dict(out=None, stop_after=None, device=None, init_from=None, dataset="m
               data_dir=None, image_size=None, flip=False, precision="auto", compile=None, seed=0,
               keep=3, logger="none")
 SHARE, POSITIVE = number(float, 0, 1), number(float, 0)
-SAMPLING = dict(cfg_scale=number(float, -100, 100), steps=COUNT, eta=SHARE, seed=SEED,
-                batch_size=number(int, 1, 100_000))
+RANGES = dict(cfg_scale=number(float, -100, 100), steps=COUNT, eta=SHARE, seed=SEED,
+              batch_size=number(int, 1, 100_000))
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
@@ -157,7 +157,7 @@ def sample_parser(description: str) -> Parser:
 def add_sampling_flags(p: Parser, several: bool = False) -> None:
     """The flags that say how to sample; tools share them. several: --cfg-scale takes a list."""
     g = p.add_argument_group("how (default: what the checkpoint suggests)")
-    g.add_argument("--cfg-scale", type=SAMPLING["cfg_scale"], metavar="S",
+    g.add_argument("--cfg-scale", type=RANGES["cfg_scale"], metavar="S",
                    nargs="+" if several else None, help="guidance scale: 1 is the plain "
                    "conditional model, 0 the unconditional one"
                    + ("; several make a grid each" if several else ""))
@@ -173,7 +173,7 @@ def add_sampling_flags(p: Parser, several: bool = False) -> None:
                    help="the EMA weights or the last ones (default: ema)")
     g.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the matrix products "
                    "(default: bf16 where the hardware has it, else fp32)")
-    g.add_argument("--batch-size", type=SAMPLING["batch_size"], default=250, metavar="N",
+    g.add_argument("--batch-size", type=RANGES["batch_size"], default=250, metavar="N",
                    help="images at a time (default: 250)")
     g.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
 
@@ -182,8 +182,8 @@ def check_options(options: dict) -> None:
     """Raise UserError for arguments of `generate` that the flags of the same names refuse."""
     for key, value in options.items():
         try:
-            if key in SAMPLING and value is not None:
-                SAMPLING[key](str(value))
+            if key in RANGES and value is not None:
+                RANGES[key](str(value))
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise UserError(f"{key}: {error}") from None
     if options.get("precision", "auto") not in PRECISIONS:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from support.command import atomic_write, say, short
 from support.data import to_uint8
 
-TITLE = 20          # height of a line of text
+CELL, GAP = 84, 4   # of a sheet: the side of an image, and the gap between two, in pixels
 
 
 class Images(Tensor):
@@ -27,7 +27,7 @@ class Images(Tensor):
         return out.getvalue()
 
 
-def grid(images: Tensor, columns: int, scale: int | None = None, title: str = "") -> Image.Image:
+def grid(images: Tensor, columns: int, scale: int | None = None) -> Image.Image:
     """Images (N, C, H, H) in [-1, 1] or uint8, in reading order. Small ones are enlarged. Latents
     (C other than 1 or 3) are shown by their first three channels."""
     if images.shape[1] not in (1, 3):
@@ -35,29 +35,45 @@ def grid(images: Tensor, columns: int, scale: int | None = None, title: str = ""
     images = (to_uint8(images) if images.is_floating_point() else images).cpu()
     scale = scale or max(1, round((112 if len(images) <= 16 else 56) / images.shape[-1]))
     images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    page = Image.fromarray(make_grid(images, columns, pad_value=40).permute(1, 2, 0).numpy())
-    if not title:
-        return page
-    sheet = Image.new("RGB", (page.width, page.height + TITLE), (40, 40, 40))
-    sheet.paste(page, (0, TITLE))
-    write_text(sheet, 4, 2, title)
-    return sheet
+    return Image.fromarray(make_grid(images, columns, pad_value=40).permute(1, 2, 0).numpy())
 
 
-def write_text(picture: Image.Image, x: float, y: float, text: str) -> None:
-    ImageDraw.Draw(picture).text((x, y), text, (235, 235, 235), font_size=13)
+def picture(image: Tensor, side: int) -> Image.Image:
+    """One image (C, H, H), in [-1, 1] (clipped) or uint8, as side x side pixels."""
+    pixels = (to_uint8(image) if image.is_floating_point() else image).cpu().permute(1, 2, 0)
+    page = Image.fromarray(pixels.expand(-1, -1, 3).contiguous().numpy())
+    return page.resize((side, side), Image.Resampling.NEAREST)
+
+
+def sheet(rows: list, names: list[str], heads: list[str], feet: list[str] | None = None,
+          group: int = 1000, title: str = "", cell: int = CELL) -> Image.Image:
+    """Rows of images (C, H, H), of pictures of one size, or of None for a gap. A name left of each
+    row, a head above and a foot of two lines below each column; a wider gap after every `group`
+    rows. cell: the side of an image in pixels."""
+    rows = [[picture(x, cell) if isinstance(x, Tensor) else x for x in row] for row in rows]
+    font = ImageFont.load_default(size=14)
+    left = 12 + max(int(font.getlength(name)) for name in names)
+    top, width, height = 28 + 26 * bool(title), rows[0][0].width + GAP, rows[0][0].height + GAP
+    bottom = top + len(rows) * height + (len(rows) - 1) // group * 3 * GAP
+    page = Image.new("RGB", (left + len(heads) * width, bottom + 44 * bool(feet)), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((left, 16), title, "black", font, anchor="lm")
+    for y, words in (top - 14, heads), (bottom + 22, feet or []):
+        for column, text in enumerate(words):
+            draw.multiline_text((left + column * width + (width - GAP) / 2, y), text, "black", font,
+                                anchor="mm", align="center")
+    for r, (row, name) in enumerate(zip(rows, names, strict=True)):
+        y = top + r * height + r // group * 3 * GAP
+        draw.text((left - 8, y + (height - GAP) / 2), name, "black", font, anchor="rm")
+        for column, image in enumerate(row):
+            if image is not None:
+                page.paste(image, (left + column * width, y))
+    return page
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:
     """Write a picture atomically, in the format of the suffix of `path`. Raises OSError."""
     atomic_write(path, lambda file: picture.save(file, format=path.suffix[1:].upper()))
-
-
-def side_by_side(pages: list[Image.Image], gap: int = 12) -> Image.Image:
-    """Pictures of one height in a row."""
-    space = np.full((pages[0].height, gap, 3), 255, np.uint8)
-    parts = [part for page in pages for part in (np.asarray(page), space)]
-    return Image.fromarray(np.hstack(parts[:-1]))
 
 
 def animation(pages: list[Image.Image], milliseconds: int = 120) -> bytes:
@@ -96,20 +112,12 @@ def spread(timesteps: dict, most: int) -> list[int]:
     return [list(timesteps)[i] for i in at]
 
 
-def trajectory(recorder: FrameRecorder, columns: int = 10, scale: int | None = None
-               ) -> Image.Image:
-    """The denoising of the first image, xt above x0_hat, at `columns` of the timesteps."""
-    chosen = spread(recorder.first, columns)
-    images = torch.stack([recorder.first[t][row] for row in (0, 1) for t in chosen])
-    page = grid(images, len(chosen), scale or max(1, round(84 / images.shape[-1])), title=" ")
-    for column, t in enumerate(chosen):
-        write_text(page, 6 + column * (page.width - 2) / len(chosen), 2, f"t = {t}")
-    return page
-
-
-def label_list(y: Tensor, names: list[str], most: int = 100) -> str:
-    """The class names of the labels y (N,), one for each."""
-    return ", ".join(names[i] for i in y[:most].tolist()) + f" ... ({len(y):,})" * (len(y) > most)
+def trajectory(recorder: FrameRecorder, scale: int | None = None) -> Image.Image:
+    """The denoising of the first image, xt above x0_hat, at ten of the timesteps."""
+    chosen = spread(recorder.first, 10)
+    side = recorder.first[chosen[0]][0].shape[-1]
+    return sheet([*zip(*(recorder.first[t] for t in chosen), strict=True)], ["xt", "x0_hat"],
+                 [f"t = {t}" for t in chosen], cell=side * (scale or max(1, round(CELL / side))))
 
 
 # ---------------------------------------------------------------- files of sample.py
@@ -120,14 +128,14 @@ def write_outputs(args, grids: list[Tensor], scales: list[float], y: Tensor, nam
     """Write every file that the flags ask for. grids: uint8 (N, C, H, H), one per scale. Raises
     OSError."""
     if args.out:
-        titles = [f"guidance {s:g}" if len(scales) > 1 else "" for s in scales]
-        save_picture(args.out, side_by_side([grid(images, columns, args.scale, title) for
-                                             images, title in zip(grids, titles, strict=True)]))
+        pages = [grid(images, columns, args.scale) for images in grids]
+        save_picture(args.out, pages[0] if len(pages) == 1 else sheet(
+            [pages], [""], [f"guidance {s:g}" for s in scales]))
     if args.gif:
         pages = [grid(images, columns, args.scale) for images in recorder.frames()]
         atomic_write(args.gif, lambda file: file.write(animation(pages)))
     if args.trajectory:
-        save_picture(args.trajectory, trajectory(recorder, scale=args.scale))
+        save_picture(args.trajectory, trajectory(recorder, args.scale))
     if args.npz:
         atomic_write(args.npz, lambda file: np.savez(
             file, grids[0].permute(0, 2, 3, 1).numpy(), y.numpy()))
@@ -138,23 +146,3 @@ def write_outputs(args, grids: list[Tensor], scales: list[float], y: Tensor, nam
             save_picture(args.png_dir / f"{i:05d}-{label:02d}-{name}.png", Image.fromarray(pixels))
     for path in filter(None, (args.out, args.gif, args.trajectory, args.npz, args.png_dir)):
         say(f"written: {short(path)}")
-
-
-def loss_curve(path: Path, rows: list[dict]) -> None:
-    """The loss against the step, and its mean over the last tenth of the steps; without matplotlib
-    nothing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    steps, losses = np.array([(row["step"], row["loss"]) for row in rows]).T
-    sums = np.concatenate([[0], losses.cumsum()])
-    start = np.arange(1, len(losses) + 1) * 9 // 10
-    means = (sums[1:] - sums[start]) / (np.arange(1, len(losses) + 1) - start)
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.loglog(steps, losses, lw=0.3, alpha=0.5)
-    axes.loglog(steps, means)
-    axes.set(xlabel="step", ylabel="loss")
-    axes.grid(alpha=0.3)
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))

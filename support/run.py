@@ -112,11 +112,11 @@ class Run:
                 if key == "dataset" or here[key] != there.get(key)))
         return found[0]
 
-    def load_initial(self, model: torch.nn.Module, class_names: list[str], same: Callable) -> None:
+    def load_initial(self, model: torch.nn.Module, class_names: list[str]) -> None:
         """Copy the weights of --init-from into a new model, as far as they fit."""
         if self.args.init_from:
             checkpoint.load_fitting(model, checkpoint.find_checkpoint(self.args.init_from),
-                                    class_names, same)
+                                    class_names)
 
     # ------------------------------------------------------------ beginning and end
 
@@ -195,7 +195,6 @@ class Run:
             say(f"stopped at step {self.done:,} of {self.args.steps:,}; to continue: " + shlex.join(
                 ["python", "train_mnist.py", "--resume", "--out", short(self.folder), *device]))
         else:
-            self.guarded(lambda: pictures.loss_curve(self.folder / "loss.png", rows), "loss.png")
             say("next: " + shlex.join(["python", "sample.py", newest]))
         return 128 + self.signal if self.signal else 0
 

@@ -15,7 +15,7 @@ import torch
 import dit
 import train_mnist
 from support import command as support_command
-from support import data, pictures
+from support import data
 from support.checkpoint import checkpoints_in
 from support.command import UserError
 
@@ -75,7 +75,6 @@ def train(here, monkeypatch):
     monkeypatch.setattr(data, "draw_glyphs", few_glyphs)
     # most of a tiny run's time would go to pictures
     monkeypatch.setitem(train_mnist.SAMPLING, "steps", 2)
-    monkeypatch.setattr(pictures, "loss_curve", lambda *_: None)
 
     def run(*flags) -> int:
         flags = [str(f) for f in flags]

@@ -252,7 +252,7 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ruler():
-    state = checkpoints.read_archive(evaluate.SHIPPED)
+    state = checkpoints.read_archive(evaluate.SHIPPED_RULER)
     ruler = evaluate.Ruler(1, 10).eval()
     ruler.load_state_dict(state["weights"])
     return lambda pixels: int(evaluate.extract(

@@ -20,8 +20,9 @@ from PIL import Image
 import sample
 import train_mnist
 from conftest import ALONE, FAST, ROOT, command, refused
-from sample import generate, label_of, load
+from sample import generate, load
 from support import checkpoint, command as command_module, compute, data
+from support.classes import label_of
 from support.command import UserError, atomic_write
 
 WORDS = ["eight", "five", "four", "nine", "one", "seven", "six", "three", "two", "zero"]

@@ -12,6 +12,7 @@ import sample
 from conftest import ROOT, refused
 from sample import generate, load
 from support import checkpoint as checkpoints, pictures
+from support.classes import label_of
 from support.command import SHIPPED, UserError
 from support.compute import image_noise
 from support.data import to_uint8
@@ -109,9 +110,9 @@ def test_the_images_of_the_checkpoint_that_ships(here):
 def test_a_label_is_a_name_then_the_number_that_a_name_means_then_an_index(names, text, index):
     if index is None:
         with pytest.raises(UserError, match="is not a class of this model: "):
-            sample.label_of(text, names)
+            label_of(text, names)
     else:
-        assert sample.label_of(text, names) == index
+        assert label_of(text, names) == index
 
 
 def test_names_from_files_are_printed_safely(checkpoint, capfd):
@@ -207,10 +208,15 @@ def test_guidance_in_an_interval_and_from_a_weaker_model(lively):
 def test_a_grid_for_each_guidance_scale(lively):
     flags = (lively, "--steps", 3, "--labels", 1, 2, 3, 4)
     run(*flags, "--cfg-scale", 0, 1, 4, "--out", "three.png")
-    panels = [pictures.grid(torch.from_numpy(arrays(*flags, "--cfg-scale", s)[0]).permute(
-        0, 3, 1, 2), 2, title=f"guidance {s}") for s in (0, 1, 4)]
-    assert np.array_equal(Image.open("three.png"), pictures.side_by_side(panels))
-    assert len({np.asarray(panel)[20:].tobytes() for panel in panels}) == 3
+    images = [arrays(*flags, "--cfg-scale", s)[0].transpose(0, 3, 1, 2) for s in (0, 1, 4)]
+    panels = [np.asarray(pictures.grid(torch.from_numpy(each), 2)) for each in images]
+    page, side = np.asarray(Image.open("three.png")), len(panels[0])
+    left, top = page.shape[1] - 3 * (side + 4), page.shape[0] - side - 4
+    for i, panel in enumerate(panels):
+        x = left + i * (side + 4)
+        assert np.array_equal(page[top : top + side, x : x + side], panel)
+        assert page[:top, x : x + side].min() < 100             # "guidance 0" above it
+    assert len({panel.tobytes() for panel in panels}) == 3
 
 
 def test_grids_have_a_row_per_label_and_are_near_square_with_one_each(checkpoint):
@@ -269,12 +275,12 @@ def test_a_gif_moves_from_noise_to_the_sample_and_a_strip_shows_its_steps(lively
     list(sample.sample(load(lively), torch.tensor([3]), steps=6, precision="fp32",
                        watch=lambda *step: seen.append(step)))
     strip = np.asarray(Image.open("t.png"))[..., 0]
-    top = strip.shape[0] - (2 * 58 + 2)
+    top, left = strip.shape[0] - 2 * 60, strip.shape[1] - 6 * 60
     for column, (_, xt, _, x0_hat) in enumerate(seen):
         for row, image in enumerate((xt, x0_hat)):
-            cell = strip[top + row * 58 + 2 : top + row * 58 + 58, column * 58 + 2 :][::2, :56:2]
+            cell = strip[top + row * 60 :, left + column * 60 :][:56:2, :56:2]
             assert apart(cell, to_uint8(image)[0, 0].numpy()) <= 1, (row, column)
-    assert strip[:top].max() > 200                          # t of each column stands above it
+    assert strip[:top, left:].min() < 100 > strip[top:, :left].min()    # t above, names beside
 
 
 def test_colour_pictures():

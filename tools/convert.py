@@ -30,6 +30,7 @@ from diffusion import GaussianDiffusion
 from dit import MODELS, DiT, linear_patch_weight, sincos_2d
 from support import checkpoint as checkpoints
 from support.checkpoint import FORMAT
+from support.classes import label_of
 from support.command import (
     COUNT, SEED, Parser, UserError, atomic_write, check_target, number, reason, run_command, say)
 from support.compute import image_noise, pick_device
@@ -344,7 +345,7 @@ def decode(args: Namespace) -> None:
     if not checkpoint.sampling.get("latents"):
         raise UserError(f"{args.source} makes images: python sample.py samples from it")
     names, options = checkpoint.class_names, sample.sampling_options(args, checkpoint)
-    y = torch.tensor([sample.label_of(text, names) for text in args.labels or names[:8]])
+    y = torch.tensor([label_of(text, names) for text in args.labels or names[:8]])
     vae = Autoencoder(args.vae, pick_device(args.device))
     if vae.channels != checkpoint.model.in_channels:
         raise UserError(f"--vae {args.vae} has {vae.channels} channels, {args.source} "

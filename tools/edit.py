@@ -22,8 +22,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sample import Checkpoint, label_of, load, sample, sampling_options
+from sample import Checkpoint, load, sample, sampling_options
 from support import data
+from support.classes import label_of
 from support.command import (
     OUTPUT, SEED, Parser, UserError, check_target, next_free, number, run_command, say, short)
 from support.compute import image_noise

@@ -39,7 +39,7 @@ from support.command import (
 from support.data import Batches, ImageSet
 from support.flags import add_sampling_flags
 
-SHIPPED = command.ROOT / "assets" / "ruler-mnist.pt"
+SHIPPED_RULER = command.ROOT / "assets" / "ruler-mnist.pt"
 EPOCHS, BATCH_SIZE, LR = 6, 128, 4e-3           # 99.6% accuracy on MNIST's test set
 MIN_STEPS, MIN_IMAGES = 300, 10                 # for a small data set
 MAX_NEIGHBOURS, MAX_NEAREST = 10_000, 2_000     # images in precision and recall; in nearest
@@ -132,7 +132,7 @@ def find_ruler(images: ImageSet, test: ImageSet, device: torch.device) -> tuple[
     steps = max(MIN_STEPS, EPOCHS * len(images.images) // BATCH_SIZE)
     wanted = dict(digest=images.digest(), steps=steps)
     own = command.OUTPUT / "cache" / f"ruler-{wanted['digest']}.pt"
-    for path in filter(Path.is_file, (SHIPPED, own)):
+    for path in filter(Path.is_file, (SHIPPED_RULER, own)):
         state = checkpoints.read_archive(path)
         if (about := state["about"]).items() >= wanted.items():
             ruler = Ruler(about["in_channels"], about["num_classes"])

@@ -24,61 +24,31 @@ from statistics import NormalDist
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from diffusion import GaussianDiffusion, classifier_free_guidance
 from dit import patchify
-from sample import Checkpoint, label_of, load, sample
+from sample import Checkpoint, load, sample
 from support import checkpoint as checkpoints
 from support import command, compute, data
+from support.classes import label_of
 from support.command import (
     COUNT, SEED, Parser, UserError, atomic_write, check_target, next_free, number, reason,
     run_command, say, short)
+from support.pictures import CELL, picture, sheet
 from support.registry import NETWORKS
 from tools.evaluate import class_balanced_order
 from train_mnist import RECIPE
 from variants.count import count
 
-CELL, GAP = 84, 4                               # of a sheet of images, in pixels
 # Told apart by colour-blind readers (Okabe & Ito), and by marker or line style
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5A5A5A")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 
 # ---------------------------------------------------------------- sheets of images
-
-
-def picture(image: Tensor) -> Image.Image:
-    """One image, float (C, H, H) in [-1, 1] (clipped), as CELL x CELL pixels."""
-    pixels = data.to_uint8(image).cpu().permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy()
-    return Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.NEAREST)
-
-
-def sheet(rows: list, names: list[str], heads: list[str], feet: list[str] | None = None,
-          group: int = 1000, title: str = "") -> Image.Image:
-    """Rows of images (C, H, H), pictures, or None for a gap. A name left of each row, a head above
-    and a foot of two lines below each column; a wider gap after every `group` rows."""
-    font = ImageFont.load_default(size=14)
-    left = 12 + max(int(font.getlength(name)) for name in names)
-    top, pitch = 28 + 26 * bool(title), CELL + GAP
-    bottom = top + len(rows) * pitch + (len(rows) - 1) // group * 3 * GAP
-    page = Image.new("RGB", (left + len(heads) * pitch, bottom + 44 * bool(feet)), "white")
-    draw = ImageDraw.Draw(page)
-    draw.text((left, 16), title, "black", font, anchor="lm")
-    for y, words in (top - 14, heads), (bottom + 22, feet or []):
-        for column, text in enumerate(words):
-            draw.multiline_text((left + column * pitch + CELL / 2, y), text, "black", font,
-                                anchor="mm", align="center")
-    for r, (row, name) in enumerate(zip(rows, names, strict=True)):
-        y = top + r * pitch + r // group * 3 * GAP
-        draw.text((left - 8, y + CELL / 2), name, "black", font, anchor="rm")
-        for column, image in enumerate(row):
-            if image is not None:
-                image = picture(image) if isinstance(image, Tensor) else image
-                page.paste(image, (left + column * pitch, y))
-    return page
 
 
 def recipe_of(checkpoint: Checkpoint) -> dict:
@@ -204,7 +174,7 @@ class AttentionWeights(TorchFunctionMode):
 def overlay(image: Tensor, query: int, weights: Tensor) -> Image.Image:
     """An image with the query patch outlined. Every patch is coloured by its share of the query's
     attention, weights (N,); 0 throughout: the image alone."""
-    side, page = math.isqrt(len(weights)), picture(image)
+    side, page = math.isqrt(len(weights)), picture(image, CELL)
     if weights.any():
         mask = (255 * weights.sqrt()).view(side, side).to("cpu", torch.uint8)   # of 10%: 32%
         mask = Image.fromarray(mask.numpy()).resize(page.size, Image.Resampling.NEAREST)

@@ -30,7 +30,7 @@ LOW, HIGH = 1e-5, 10.0
 DIVERGED = 4            # times the lowest smoothed loss
 NOISY = 10              # steps at the start, whose mean loss is too noisy to judge
 SMOOTHING = 0.9         # decay of the loss's exponential moving average
-OTHERS = {"--resume", "--steps", "--stop-after", "--warmup", "--decay", "--init-from"}
+NOT_IN_A_SWEEP = {"--resume", "--steps", "--stop-after", "--warmup", "--decay", "--init-from"}
 
 
 class Sweep(Run):
@@ -104,7 +104,7 @@ def suggestion(rates: list[float], losses: list[float]) -> tuple[float, float]:
 
 def main(argv: list[str] | None = None) -> int:
     own, words = parser().parse_known_args(argv)
-    if taken := OTHERS.intersection(word.partition("=")[0] for word in words):
+    if taken := NOT_IN_A_SWEEP.intersection(word.partition("=")[0] for word in words):
         raise UserError(f"{taken.pop()} has no meaning in a sweep")
     words += ["--steps", str(own.rates), "--warmup", "0", "--decay", "0"]
     return train_mnist.main(words, partial(Sweep, own.which))
