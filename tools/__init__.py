@@ -1,0 +1,1 @@
+import support.threads  # noqa: F401  (before torch, which each tool imports)

@@ -12,8 +12,6 @@ those of a large matrix product in the same precision. The images are noise: the
 change the time.
 """
 
-import support.threads  # noqa: F401  (before torch)
-
 import copy
 import itertools
 import os

@@ -10,8 +10,6 @@
 safetensors and diffusers are optional packages. docs/interchange.md describes the formats.
 """
 
-import support.threads  # noqa: F401  (before torch)
-
 import importlib
 import inspect
 import json

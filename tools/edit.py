@@ -11,8 +11,6 @@ grey by luma where the model is grey. Digits of MNIST are bright on black: --inv
 paper.
 """
 
-import support.threads  # noqa: F401  (before torch)
-
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path

@@ -15,8 +15,6 @@ set's Frechet distance somewhat.) Nearest: the distance to the nearest training 
 quantile; 0 for a copy.
 """
 
-import support.threads  # noqa: F401  (before torch)
-
 import hashlib
 import json
 import time

@@ -12,8 +12,6 @@
 Each writes --out FILE.png, or a new numbered file under output/. The last two need matplotlib.
 """
 
-import support.threads  # noqa: F401  (before torch)
-
 import inspect
 import json
 import math

@@ -11,8 +11,6 @@ recipe, without warm-up or decay. The suggestion is a tenth of the rate with the
 loss. The curve goes to a new file under output/ and needs matplotlib.
 """
 
-import support.threads  # noqa: F401  (before torch)
-
 import math
 from collections.abc import Iterator
 from functools import partial

@@ -20,8 +20,6 @@ after those of modded-nanogpt and cifar10-airbench:
 5. The hardware and the version of torch are reported. Everything else may change.
 """
 
-import support.threads  # noqa: F401  (before torch)
-
 import contextlib
 import io
 import json

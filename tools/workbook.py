@@ -7,8 +7,6 @@
 Docstrings (of a `forward`: its class's) and README.md say what each function must do.
 """
 
-import support.threads  # noqa: F401  (before torch)
-
 import ast
 import traceback
 from collections.abc import Callable
