@@ -46,6 +46,7 @@ class Checkpoint:
     sampling: dict              # sampler, steps, eta, cfg_scale
     step: int = 0
     path: Path | None = None
+    config: dict | None = None  # all of it: support/checkpoint.py
 
 
 def load(path: str | Path | None = None, device: str | torch.device | None = None,
@@ -58,7 +59,7 @@ def load(path: str | Path | None = None, device: str | torch.device | None = Non
     state = checkpoints.load(path)
     model, diffusion = checkpoints.build(state, weights, compute.pick_device(device))
     return Checkpoint(model, diffusion, state["class_names"], state["config"]["sampling"],
-                      state["step"], path)
+                      state["step"], path, state["config"])
 
 
 def sample(checkpoint: Checkpoint, y: Tensor, *, cfg_scale: float | None = None,

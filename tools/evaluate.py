@@ -288,7 +288,7 @@ def from_checkpoint(path: Path, args: Namespace, device: torch.device) -> tuple:
     """--images samples of a checkpoint, labels 0, 1, 2 ... in turn, as `from_npz` returns them."""
     checkpoint = load(path, device, args.weights)
     how, classes = sampling_options(args, checkpoint), len(checkpoint.class_names)
-    recipe, trained = (checkpoints.load(path)["config"][key] for key in ("recipe", "data"))
+    recipe, trained = (checkpoint.config[key] for key in ("recipe", "data"))
     kept = recipe.get("data_dir")
     train, test = load_data(args.dataset or recipe.get("dataset") or "mnist",
                             args.data_dir or (kept if kept and Path(kept).is_dir() else None),

@@ -49,10 +49,6 @@ STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 # ---------------------------------------------------------------- sheets of images
 
 
-def recipe_of(checkpoint: Checkpoint) -> dict:
-    return checkpoints.load(checkpoint.path)["config"]["recipe"]
-
-
 def noised_images(args: Namespace, diffusion, checkpoint: Checkpoint | None = None
                   ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """--images images of the test set (at most all), class-balanced, in an order that depends on
@@ -62,7 +58,7 @@ def noised_images(args: Namespace, diffusion, checkpoint: Checkpoint | None = No
     size, trained_on, device = None, "mnist", "cpu"
     if checkpoint:
         size, device = checkpoint.model.input_size, next(checkpoint.model.parameters()).device
-        trained_on = recipe_of(checkpoint).get("dataset") or "mnist"
+        trained_on = checkpoint.config["recipe"].get("dataset") or "mnist"
     test = data.load(args.dataset or trained_on, args.data_dir, size, "test")
     if test.channels not in (1, 3) or checkpoint and (test.channels, test.class_names) != (
             checkpoint.model.in_channels, checkpoint.class_names):
@@ -202,7 +198,7 @@ def attention(args: Namespace) -> Image.Image:
             for i, q in enumerate(query):
                 rows[-1].append(overlay(xt[i], q, torch.zeros(N)) if h == 0 else None)
                 rows[-1] += [overlay(xt[i], q, weights[i, h, q, :N]) for weights in blocks.found]
-    name = f"{recipe_of(checkpoint).get('model', 'DiT')} ({checkpoint.path.name})"
+    name = f"{checkpoint.config['recipe'].get('model', 'DiT')} ({checkpoint.path.name})"
     return sheet(rows, names, ["xt", *(f"block {k}" for k in range(len(blocks.found)))] * len(x0),
                  None, heads, f"{name}. Cyan: one patch. Orange: the share of its attention, from "
                  "0 (dark) to 100% (bright).")
