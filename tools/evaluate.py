@@ -185,9 +185,9 @@ def nearest_distances(images: Tensor, train: Tensor, device: torch.device) -> Te
     x = images.flatten(1).to(device).double()
     best = torch.full((len(x),), float("inf"), dtype=torch.float64, device=device)
     for part in tqdm(train.split(5_000), "nearest training images", leave=False):
-        o = part.flatten(1).to(device).double()     # |x - o|^2 without |x|^2, which is added below
-        best = torch.minimum(best, (o.square().sum(1) - 2 * x @ o.T).min(dim=1).values)
-    return (best + x.square().sum(1)).sqrt().cpu() / 255
+        distances = torch.cdist(x, part.flatten(1).to(device).double())     # of integers: exact
+        best = torch.minimum(best, distances.min(dim=1).values)
+    return best.cpu() / 255
 
 
 # ---------------------------------------------------------------- measuring
