@@ -26,7 +26,7 @@ from diffusion import GaussianDiffusion, classifier_free_guidance
 from dit import DiT
 from support import checkpoint as checkpoints, compute, pictures
 from support.classes import label_list, label_of
-from support.command import OUTPUT, UserError, next_free, run_command, say, short
+from support.command import UserError, next_free, run_command, say, short
 from support.data import to_uint8
 from support.flags import check_options, check_outputs, sample_parser
 from support.replay import Replayed
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     scales = scales if isinstance(scales, list) else [scales]
     y, per_class = labels_of(args, names)
     if args.out is None and not args.npz and not args.png_dir:
-        args.out = next_free(OUTPUT, "samples", ".png")
+        args.out = next_free("samples")
     steps = options["steps"] or checkpoint.diffusion.num_timesteps
     say(f"{short(checkpoint.path)}: step {checkpoint.step:,}, {options['sampler']} in {steps} "
         f"steps, guidance {', '.join(f'{s:g}' for s in scales)}, {len(y):,} image"

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import itertools
 import os
 import sys
 import time
@@ -138,10 +139,10 @@ def check_target(path: Path, force: bool = False, suffix: str | None = None) -> 
         raise UserError(f"{path.parent} cannot be written in")
 
 
-def next_free(parent: Path, stem: str, suffix: str) -> Path:
-    """The first of parent/stem.suffix, parent/stem-2.suffix ... that does not exist."""
-    names = (f"{stem}{suffix}" if i == 1 else f"{stem}-{i}{suffix}" for i in range(1, 10**9))
-    return next(parent / name for name in names if not os.path.lexists(parent / name))
+def next_free(stem: str) -> Path:
+    """The first of output/stem.png, output/stem-2.png ... that does not exist."""
+    paths = (OUTPUT / f"{stem}{f'-{i}' * (i > 1)}.png" for i in itertools.count(1))
+    return next(path for path in paths if not os.path.lexists(path))
 
 
 def atomic_write(path: Path, write: Callable) -> None:

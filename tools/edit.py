@@ -24,7 +24,7 @@ from sample import Checkpoint, load, sample, sampling_options
 from support import data
 from support.classes import label_of
 from support.command import (
-    OUTPUT, SEED, Parser, UserError, check_target, next_free, number, run_command, say, short)
+    SEED, Parser, UserError, check_target, next_free, number, run_command, say, short)
 from support.compute import image_noise
 from support.flags import add_sampling_flags
 from support.pictures import grid, save_picture
@@ -154,7 +154,7 @@ def pass_between(checkpoint: Checkpoint, y: Tensor, xT: Tensor, seed: int, optio
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    out = args.out or next_free(OUTPUT, args.operation, ".png")
+    out = args.out or next_free(args.operation)
     check_target(out, args.force, ".png")
     checkpoint = load(args.checkpoint, args.device, args.weights)
     if checkpoint.model.in_channels not in (1, 3):

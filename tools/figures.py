@@ -213,7 +213,13 @@ def new_figure(**options):
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("this figure needs matplotlib: pip install matplotlib") from None
-    return Figure(layout="constrained", **options)
+    return Figure(layout="constrained", dpi=140, **options)
+
+
+def write(path: Path, figure) -> None:
+    save = figure.save if isinstance(figure, Image.Image) else figure.savefig
+    atomic_write(path, lambda file: save(file, format="png"))
+    say(f"written: {short(path)}")
 
 
 def log_ticks(axis) -> None:
@@ -369,12 +375,9 @@ def averaged(rows: list[dict], key: str) -> np.ndarray:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    target = args.out or next_free(command.OUTPUT, args.figure, ".png")
+    target = args.out or next_free(args.figure)
     check_target(target, args.force, ".png")
-    figure = args.draw(args)
-    atomic_write(target, lambda file: figure.save(file, format="png") if isinstance(
-        figure, Image.Image) else figure.savefig(file, format="png", dpi=140))
-    say(f"written: {short(target)}")
+    write(target, args.draw(args))
     return 0
 
 

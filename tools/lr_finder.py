@@ -19,10 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import train_mnist
-from support.command import (
-    OUTPUT, Parser, UserError, atomic_write, next_free, number, run_command, say, short)
+from support.command import Parser, UserError, next_free, number, run_command, say
 from support.run import Run
-from tools.figures import new_figure
+from tools.figures import new_figure, write
 
 LOW, HIGH = 1e-5, 10.0
 DIVERGED = 4            # times the lowest smoothed loss
@@ -78,9 +77,7 @@ class Sweep(Run):
             axes.axvline(rate, color="black", lw=0.8, ls=style, label=f"{name}: {rate:.2g}")
         axes.set(xlabel=f"--{self.which}", ylabel="loss")
         axes.legend()
-        target = next_free(OUTPUT, "lr-finder", ".png")
-        atomic_write(target, lambda file: self.figure.savefig(file, format="png", dpi=140))
-        say(f"written: {short(target)}")
+        write(next_free("lr-finder"), self.figure)
         return 0
 
 
