@@ -18,16 +18,6 @@ import torch
 from torch import Tensor
 
 
-def timesteps_for(process, steps: int) -> list[int]:
-    """`steps` timesteps, evenly spaced, the first being the last of the process (999) and the one
-    after the last being -1, the clean image. Raises ValueError unless there are so many."""
-    total = process.num_timesteps
-    if not 1 <= steps <= total:
-        raise ValueError(f"{steps} sampling steps: from 1 to {total} are possible")
-    spaced = torch.linspace(total - 1, -1, steps + 1, dtype=torch.float64)
-    return spaced[:-1].round().long().tolist()
-
-
 @torch.no_grad()
 def dpm_solver_sample(process, predict: Callable, xT: Tensor, noise: Callable | None = None,
                       clip: bool = True, steps: int = 10) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -37,7 +27,8 @@ def dpm_solver_sample(process, predict: Callable, xT: Tensor, noise: Callable | 
     The first step has no estimate before it, and in the last one lambda goes to infinity: both are
     DDIM's. The process is any with `alpha_sigma` and `denoise`.
     """
-    timesteps = timesteps_for(process, steps)
+    spaced = torch.linspace(process.num_timesteps - 1, -1, steps + 1, dtype=torch.float64)
+    timesteps = spaced[:-1].round().long().tolist()         # -1, behind the last, is the image
     alpha, sigma = (x.flatten().tolist() for x in process.alpha_sigma(torch.tensor(timesteps)))
     level = [math.log(a / s) for a, s in zip(alpha, sigma, strict=True)]        # lambda
     xt, previous = xT, None

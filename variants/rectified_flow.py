@@ -13,6 +13,7 @@ the lesson, t = 999 is pure noise, and t = -1 would be x0.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partialmethod
 
 import torch
 from torch import Tensor
@@ -84,10 +85,7 @@ class RectifiedFlow(GaussianDiffusion):
 
         second_order: along the mean of the v at its start and at the end to which that one leads
         (Heun). The last step has no other end: at s = 0 there is no noise left to see.
-        Raises ValueError unless 1 <= steps <= num_timesteps.
         """
-        if not 1 <= steps <= self.num_timesteps:
-            raise ValueError(f"{steps} sampling steps: from 1 to {self.num_timesteps} are possible")
         xt = xT
         for i in range(steps, 0, -1):
             s, s_next = i / steps, (i - 1) / steps
@@ -99,7 +97,4 @@ class RectifiedFlow(GaussianDiffusion):
             yield round(s * self.num_timesteps - 1), x_next, x0_hat
             xt = x_next
 
-    def heun_sample(self, predict: Callable, xT: Tensor, noise: Callable | None = None,
-                    clip: bool = True, steps: int = 25) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """`euler_sample` with second_order."""
-        return self.euler_sample(predict, xT, noise, clip, steps, second_order=True)
+    heun_sample = partialmethod(euler_sample, second_order=True)
