@@ -253,11 +253,12 @@ def lock_folder(folder: Path):
     return file
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    """The rows of metrics.jsonl; lines that a kill truncated are left out."""
+def read_metrics(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """The rows of a run's metrics, or of another file that has them by step; lines that a kill
+    truncated are left out."""
     rows = []
     with contextlib.suppress(FileNotFoundError):
-        for line in (folder / "metrics.jsonl").read_text(errors="replace").splitlines():
+        for line in (folder / name).read_text(errors="replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]

@@ -242,11 +242,10 @@ def test_an_evaluation_is_read_as_evaluate_writes_it(here):
 
     rows = evaluate.report(some(1, 40), some(2, 100), some(3, 40), 0, torch.device("cpu"))
     measured = json.dumps(json.loads(line(3)) | dict(rows=rows)) + "\n"
-    Path("e.jsonl").write_text(line(3) + measured + line(3, weights="model")
+    Path("evaluations.jsonl").write_text(line(3) + measured + line(3, weights="model")
                                + line(3, autoguidance="w") + line(3, guidance_interval=[1, 10]))
-    (at, found), = figures.read_evaluations(Path("e.jsonl")).items()
-    assert at == (7, "ddim", 25)
-    assert found == {3: (rows["samples"]["frechet"], rows["samples"]["accuracy"])}
+    assert figures.evaluations_of(Path()) == {
+        (7, "ddim", 25, 3): (rows["samples"]["frechet"], rows["samples"]["accuracy"])}
 
 
 # ---------------------------------------------------------------- training
@@ -345,16 +344,19 @@ def test_what_cannot_share_a_figure_is_refused(pair, train):
                     labels=torch.arange(200) % 10, class_names=list("0123456789")), "l.pt")
     assert "l.pt" in refused("forward", "--dataset", "latents:l.pt")
     assert "l.pt" in refused("attention", "v", "--dataset", "latents:l.pt")
-    assert "no training run" in refused("curves", "small/samples")
+    assert "no valid training run" in refused("curves", "small/samples")
     assert "has no loss_q9" in refused("curves", "small", "--y", "loss_q9")
 
 
 def test_files_that_are_no_evaluations(sizes):
     file, flags = Path(sizes[0], "evaluations.jsonl"), ("curves", sizes[0], "--x", "training")
     damaged = json.loads(line(2)) | dict(rows={})
-    for text in ("{", "[1]", json.dumps(damaged), 100_000 * "["):
+    for text in (json.dumps(damaged), 100_000 * "["):
         file.write_text(line(1) + text)
-        assert "line 2" in refused(*flags)
+        assert "no valid training run" in refused(*flags)
+    for text in ("{", "[1]"):                           # of a kill: left out
+        file.write_text(line(1, accuracy=1.0, steps=2) + text)
+        assert run(*flags) == 0
     file.write_text(json.dumps(dict(images_from="x.npz")))
     assert "no evaluation" in refused(*flags)
 

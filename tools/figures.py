@@ -317,47 +317,36 @@ def run_points(folder: Path, args: Namespace) -> tuple[str, str, list[tuple[floa
         other = f", {network}" * (network != "dit")
         names = recipe["model"] + other, f"patch {sizes['patch_size']}" + other
         batch_size, usual = recipe["batch_size"], config["sampling"]["steps"]
+        evaluations, best = evaluations_of(folder), {}
     except Exception as error:
-        raise UserError(f"{folder} holds no training run ({reason(error)})") from None
+        raise UserError(f"{folder} holds no valid training run ({reason(error)})") from None
     if args.x is None:
         steps, means = averaged(checkpoints.read_metrics(folder), args.y)
         if not len(steps):
             raise UserError(f"{folder} has no {args.y}")
         return *names, [*zip(steps, means, strict=True)]
-    evaluations, points = read_evaluations(folder / "evaluations.jsonl"), []
-    end = max(step for step, *_ in evaluations)
-    for (step, _, steps), at_scale in evaluations.items():
-        found = [(frechet, scale) for scale, (frechet, accuracy) in at_scale.items()
-                 if scale == args.cfg_scale or args.cfg_scale is None and accuracy >= RIGHT]
-        if found and (args.x == "training" or step == end) and (
+    end = max((step for step, *_ in evaluations), default=0)
+    for (step, sampler, steps, scale), (frechet, accuracy) in evaluations.items():
+        wanted = accuracy >= RIGHT if args.cfg_scale is None else scale == args.cfg_scale
+        if wanted and (args.x == "training" or step == end) and (
                 args.x == "sampling" or steps == usual):
-            frechet, scale = min(found)
             forwards = dict(forward=1, training=3 * batch_size * step,
-                            sampling=steps * (1 if scale in (0, 1) else 2))
-            points.append((gflops * forwards[args.x], frechet))
-    if not points:
+                            sampling=steps * (1 if scale in (0, 1) else 2))[args.x]
+            point = frechet, gflops * forwards
+            best[step, sampler, steps] = min(point, best.get((step, sampler, steps), point))
+    if not best:
         raise UserError(f"{folder} has no evaluation with 99% right, or at --cfg-scale, for --x "
                         f"{args.x}")
-    return *names, points
+    return *names, [(x, y) for y, x in best.values()]
 
 
-def read_evaluations(file: Path) -> dict[tuple, dict]:
-    """(step, sampler, its steps) -> guidance scale -> (Frechet distance, accuracy), of the EMA with
-    classifier-free guidance, from an evaluations.jsonl; of two that are alike the last."""
-    found: dict[tuple, dict] = {}
-    for i, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
-        try:
-            result = json.loads(line)
-            if result.get("weights") == "ema" and not (
-                    result.get("guidance_interval") or result.get("autoguidance")):
-                at, row = (result["step"], result["sampler"], result["steps"]), result["rows"]
-                found.setdefault(at, {})[result["cfg_scale"]] = tuple(
-                    float(row["samples"][key]) for key in ("frechet", "accuracy"))
-        except Exception:
-            raise UserError(f"{file}, line {i} is no line of tools.evaluate") from None
-    if not found:
-        raise UserError(f"no evaluation of a checkpoint in {file}")
-    return found
+def evaluations_of(folder: Path) -> dict[tuple, tuple[float, float]]:
+    """(step, sampler, its steps, guidance scale) -> (Frechet distance, accuracy), of the EMA with
+    classifier-free guidance; of two that are alike the last."""
+    return {(row["step"], row["sampler"], row["steps"], row["cfg_scale"]): tuple(
+        row["rows"]["samples"][key] for key in ("frechet", "accuracy"))
+        for row in checkpoints.read_metrics(folder, "evaluations.jsonl") if row["weights"] == "ema"
+        and not (row.get("guidance_interval") or row.get("autoguidance"))}
 
 
 def averaged(rows: list[dict], key: str) -> np.ndarray:
