@@ -153,6 +153,11 @@ def sampling_options(args, checkpoint: Checkpoint) -> dict:
     guidance = classifier_free_guidance
     if args.autoguidance:
         weaker = load(args.autoguidance, next(checkpoint.model.parameters()).device)
+        kinds = [(c.model.input_size, c.model.in_channels, c.class_names, type(c.diffusion),
+                  c.diffusion.prediction) for c in (checkpoint, weaker)]
+        if kinds[0] != kinds[1]:
+            raise UserError(f"--autoguidance {args.autoguidance}: its images, classes, process or "
+                            f"prediction are not those of {checkpoint.path}")
         guidance = partial(GUIDANCE["autoguidance"], weak=weaker.model)
     if args.guidance_interval:
         low, high = args.guidance_interval

@@ -24,17 +24,19 @@ RANGES = dict(cfg_scale=number(float, -100, 100), steps=COUNT, eta=SHARE, seed=S
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
-def train_parser(description: str, defaults: dict, choices: dict) -> Parser:
+def train_parser(description: str, defaults: dict, presets: dict, choices: dict) -> Parser:
     """Without defaults: what is not given is absent from the parsed namespace."""
     p = Parser(description, argument_default=argparse.SUPPRESS)
+    shown = defaults | {key: f"{value} on a GPU, {presets['cpu'][key]} on a CPU"
+                        for key, value in presets["gpu"].items()}
 
     def add(flag: str, text: str, kind=None, **options) -> None:
         key = flag.replace("-", "_")
         if key in choices:
             options["choices"], options["metavar"] = tuple(choices[key]), "NAME"
             text += f": {', '.join(choices[key])}" if len(choices[key]) < 12 else ""
-        if defaults.get(key) not in (None, False):
-            text += f" (default: {defaults[key]})"
+        if (default := shown.get(key)) is not None and default is not False:
+            text += f" (default: {default})"
         p.add_argument(f"--{flag}", help=text.replace("%", "%%"), type=kind, **options)
 
     yes_no = dict(action=argparse.BooleanOptionalAction)
@@ -42,7 +44,7 @@ def train_parser(description: str, defaults: dict, choices: dict) -> Parser:
     add("resume", "continue the run in --out, else the newest; or from this checkpoint",
         nargs="?", const=None, metavar="CKPT")
     add("init-from", "start from the weights in this file, as far as they fit", metavar="CKPT")
-    add("config", "take the recipe of a run's config.json; flags go before", metavar="FILE")
+    add("config", "take the recipe of a run's config.json; given flags override it", metavar="FILE")
     add("steps", "length of the run and of its schedules", COUNT)
     add("stop-after", "stop after so many steps of this call; --resume continues", COUNT)
     add("seed", "seed of the weights, the order of the data, the noise", SEED)
@@ -57,7 +59,7 @@ def train_parser(description: str, defaults: dict, choices: dict) -> Parser:
     add("network", "docs/variants.md has the others")
     add("process", "docs/variants.md has the others")
     add("prediction", "what the output means")
-    add("weighting", "of the loss over t (default: v for x0, else plain)")
+    add("weighting", "of the loss over t; with --prediction eps or v the default is plain")
     add("timesteps", "distribution of t in training")
     add("noise-mean", "log-normal: mean of ln(sigma / alpha)", number(float, -20, 20))
     add("noise-std", "log-normal: its standard deviation", number(float, 0, 20))

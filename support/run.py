@@ -24,7 +24,7 @@ from support import checkpoint, compute, data, flags, loggers, pictures, replay
 from support.command import UserError, atomic_write, check_target, reason, say, short, warn
 from support.compute import RANK, WORLD, all_reduce, broadcast_from_rank0
 
-RECENT = 100        # steps whose mean loss the summary has, as the README's tables
+RECENT = 100        # steps whose mean loss the summary has
 
 
 class Run:
@@ -34,7 +34,7 @@ class Run:
     def __init__(self, argv: list[str] | None, description: str, recipe: dict, presets: dict,
                  choices: dict):
         defaults = {**flags.OTHERS, **recipe}
-        given = vars(flags.train_parser(description, defaults, choices).parse_args(argv))
+        given = vars(flags.train_parser(description, defaults, presets, choices).parse_args(argv))
         self.device = compute.pick_device(given.get("device"))
         if "config" in given:
             given = {**broadcast_from_rank0(lambda: flags.read_config(given["config"], {

@@ -16,6 +16,7 @@ import diffusion
 import train_mnist
 from conftest import ROOT
 from support import flags
+from tools import figures
 
 DOCUMENTS = {path.relative_to(ROOT).as_posix(): path.read_text()
              for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -39,7 +40,7 @@ def parse(script: str, *rest: str) -> None:
     if script.startswith("--nproc_per_node"):
         parse(*rest)
     elif script == "train_mnist.py":
-        flags.train_parser("", DEFAULTS, train_mnist.CHOICES).parse_args(rest)
+        flags.train_parser("", DEFAULTS, train_mnist.PRESETS, train_mnist.CHOICES).parse_args(rest)
     elif script == "sample.py":
         flags.sample_parser("").parse_args(rest)
     elif script == "-m" and rest[0].startswith(("tools.", "variants.")):
@@ -114,6 +115,14 @@ def test_the_two_files_check_themselves(capsys):
     for script in ("dit.py", "diffusion.py"):
         runpy.run_path(str(ROOT / script), run_name="__main__")
         assert len(capsys.readouterr().out.splitlines()) == 8
+
+
+@pytest.mark.parametrize("main, text", [
+    (train_mnist.main, "(default: 50000 on a GPU, 4000 on a CPU)"), (figures.main, "99% right")])
+def test_help_has_the_presets_and_percent_signs(capsys, main, text):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0 and text in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_command_starts_with_the_packages_of_training_alone():

@@ -203,6 +203,11 @@ def test_guidance_in_an_interval_and_from_a_weaker_model(lively):
                       for other in (early, lively))
     assert apart(weaker, guided) > 1 < apart(weaker, plain) and apart(itself, plain) <= 1
     assert "does not exist" in refused(sample.main, *base, "--autoguidance", "none.pt")
+    for change in (lambda state: state["config"]["diffusion"].update(prediction="eps"),
+                   lambda state: state["config"].update(process="rectified-flow"),
+                   lambda state: state.update(class_names=list("abcdefghij"))):
+        other = changed(lively, change)
+        assert "are not those of" in refused(sample.main, *base, "--autoguidance", other)
 
 
 def test_a_grid_for_each_guidance_scale(lively):

@@ -258,7 +258,7 @@ def parser() -> Parser:
         help="time training alone, and beside N processes that compute without a pause")
     add("--against", action="store_true", help="also the published loop and sampler")
     add("--sample", type=number(int, 1, 1000), nargs="?", const=50, metavar="STEPS",
-        help="also time guided sampling in STEPS steps (default: 50)")
+        help="also time guided sampling, in STEPS steps (50 if no number is given)")
     add("--device", help="cuda, mps or cpu (default: the fastest available)")
     return p
 

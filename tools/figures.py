@@ -377,7 +377,7 @@ def parser() -> Parser:
     def add(draw, operands: tuple = (), images: int = 0, times: tuple = ()) -> Parser:
         """operands: their name, how many, what they are called and mean."""
         text = inspect.getdoc(draw)
-        sub = figures.add_parser(draw.__name__, help=text, description=text)
+        sub = figures.add_parser(draw.__name__, help=text.replace("%", "%%"), description=text)
         sub.set_defaults(draw=draw)
         if operands:
             name, nargs, metavar, text = operands

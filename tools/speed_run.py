@@ -14,8 +14,8 @@ after those of modded-nanogpt and cifar10-airbench:
    same for every seed. It buys accuracy with variety, hence the least recall (real digits: 0.87).
 3. The time is that of the training command, from its start to its end, with nothing left out:
    imports, reading the data from disk, compilation without a warm cache, training, previews and
-   checkpoints. (The two speed runs above leave out compilation.) Downloading the data and
-   measuring do not count.
+   checkpoints. (The two named above leave compilation out.) Downloading the data and measuring
+   do not count.
 4. A length counts by its mean over at least three seeds, 0, 1, 2 ...; none is left out.
 5. The hardware and the version of torch are reported. Everything else may change.
 """

@@ -2,7 +2,7 @@
 
     --network adaln              shift and scale from c, but no gate: a fresh block is an ordinary
                                  transformer block, not the identity
-    --network cross-attention    a third branch, in which image tokens attend to t and y: 15% more
+    --network cross-attention    a third branch, in which image tokens attend to t and y: 16% more
                                  multiply-adds in DiT-XL/2
     --network in-context         t and y are two more tokens: less than 1% more at 256 tokens
 
