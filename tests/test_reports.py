@@ -40,7 +40,8 @@ def test_a_label_is_a_name_then_a_number_then_an_index(label, names, found):
 
 
 @pytest.mark.parametrize("label, names", [("0", [str(i) for i in range(1, 11)]),
-                                          ("0", WORDS[:9]), ("2", ["cat", "dog"]), (3.7, WORDS)])
+                                          ("0", WORDS[:9]), ("2", ["cat", "dog"]), (3.7, WORDS),
+                                          ("7", ["07", "seven"])])
 def test_a_label_without_a_class_is_refused(label, names):
     with pytest.raises(UserError, match="not a class"):
         label_of(label, names)
