@@ -66,14 +66,14 @@ def sample(checkpoint: Checkpoint, y: Tensor, *, cfg_scale: float | None = None,
            steps: int | None = None, sampler: str | None = None, eta: float | None = None,
            seed: int = 0, precision: str = "auto", batch_size: int = 250, first: int = 0,
            guidance: Callable = classifier_free_guidance, noise: Callable | None = None,
-           watch: Callable | None = None, bar: tqdm | None = None) -> Iterator[Tensor]:
+           watch: Callable | None = None, progress: bool = False) -> Iterator[Tensor]:
     """Batches of images for the labels y (N,), in their order: float32 (B, C, H, H) in [-1, 1].
 
     cfg_scale, steps, sampler, eta: None is what the checkpoint suggests. Image i has the noise of
     image first + i of `seed`, whatever the batch size and the device. guidance(model, y,
     cfg_scale): what makes predict(xt, t). noise(t, low, high): in place of that of images low to
     high - 1. After each step `watch(t, xt, x_next, x0_hat)` gets the network's input, the result of
-    the step and its estimate of x0; `bar` counts images x steps.
+    the step and its estimate of x0. progress: show a bar that counts images x steps.
     Raises UserError for a sampler, steps or eta that the process does not have.
     """
     model, device = checkpoint.model, next(checkpoint.model.parameters()).device
@@ -83,6 +83,9 @@ def sample(checkpoint: Checkpoint, y: Tensor, *, cfg_scale: float | None = None,
     steps_back = find_sampler(checkpoint, sampler, steps, eta)
     guidance = getattr(checkpoint.diffusion, "guided", lambda g: g)(guidance)
     precision = compute.pick_precision(precision, device)
+    steps = steps_back.keywords.get("steps", checkpoint.diffusion.num_timesteps)
+    bar = tqdm(total=len(y) * steps, desc="sampling", unit="image-step", unit_scale=True,
+               dynamic_ncols=True, disable=not progress or compute.RANK > 0)
     for start in range(0, len(y), batch_size):
         labels = y[start : start + batch_size].to(device)
         draw = partial(noise or partial(compute.image_noise, seed, shape=shape),
@@ -97,10 +100,10 @@ def sample(checkpoint: Checkpoint, y: Tensor, *, cfg_scale: float | None = None,
             for t, x_next, x0_hat in steps_back(predict, xt, noise=drawn):
                 if watch is not None:
                     watch(t, xt, x_next, x0_hat)
-                if bar is not None:
-                    bar.update(len(labels))
+                bar.update(len(labels))
                 xt = x_next
         yield xt if checkpoint.sampling.get("latents") else xt.clamp(-1, 1)
+    bar.close()
 
 
 def generate(checkpoint: Checkpoint, labels: Sequence[int | str], **options) -> pictures.Images:
@@ -200,17 +203,14 @@ def main(argv: list[str] | None = None) -> int:
         "classes, in this order: " + label_list(y[::per_class], names))
 
     recorder = pictures.FrameRecorder() if args.gif or args.trajectory else None
-    mine = list(torch.arange(len(y)).split(args.batch_size))[compute.RANK :: compute.WORLD]
-    total = sum(map(len, mine)) * len(scales) * steps
-    grids = []                                              # uint8 (N, C, H, H) for each scale
-    with tqdm(total=total, desc="sampling", unit="image-step", unit_scale=True,
-              dynamic_ncols=True, disable=compute.RANK > 0) as bar:
-        for scale in scales:
-            parts = {int(batch[0]): to_uint8(next(sample(
-                checkpoint, y[batch], cfg_scale=scale, seed=args.seed, first=int(batch[0]),
-                watch=recorder, bar=bar, **options))).cpu() for batch in mine}
-            parts = {k: v for each in compute.gather_to_rank0(parts) or [] for k, v in each.items()}
-            grids.append([parts[k] for k in sorted(parts)])
+    # each process takes whole batches, the same as a single process would make
+    share = math.ceil(len(y) / args.batch_size / compute.WORLD) * args.batch_size
+    grids, first = [], compute.RANK * share                 # uint8 (N, C, H, H) for each scale
+    for scale in scales:
+        images = [to_uint8(batch).cpu() for batch in sample(
+            checkpoint, y[first : first + share], cfg_scale=scale, seed=args.seed, first=first,
+            watch=recorder, progress=True, **options)]
+        grids.append([x for part in compute.gather_to_rank0(images) or [] for x in part])
     columns = per_class if per_class > 1 else math.ceil(math.sqrt(len(y)))
     if compute.RANK == 0:
         pictures.write_outputs(args, [torch.cat(parts) for parts in grids], scales, y, names,

@@ -348,9 +348,7 @@ def decode(args: Namespace) -> None:
     if vae.channels != checkpoint.model.in_channels:
         raise UserError(f"--vae {args.vae} has {vae.channels} channels, {args.source} "
                         f"{checkpoint.model.in_channels}")
-    steps = options["steps"] or checkpoint.diffusion.num_timesteps
-    with tqdm(total=len(y) * steps, desc="sampling", unit="image-step", dynamic_ncols=True) as bar:
-        z = torch.cat(list(sample.sample(checkpoint, y, seed=args.seed, bar=bar, **options)))
+    z = torch.cat(list(sample.sample(checkpoint, y, seed=args.seed, progress=True, **options)))
     images = [to_uint8(vae.decode(each[None])).cpu() for each in tqdm(z, "decoding", unit="img")]
     save_picture(args.out, grid(torch.cat(images), math.ceil(math.sqrt(len(y)))))
     say(f"written: {args.out} ({', '.join(names[i] for i in y)}; seed {args.seed})")

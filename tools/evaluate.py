@@ -301,10 +301,8 @@ def from_checkpoint(path: Path, args: Namespace, device: torch.device) -> tuple:
     say(f"{short(path)}: step {checkpoint.step:,}, {args.weights}, {how['sampler']}, {steps} steps,"
         f" guidance {how['cfg_scale']:g}, seed {args.seed}")
     y = torch.arange(args.images or 1000) % classes
-    with tqdm(total=len(y) * steps, desc="sampling", unit="image-step", unit_scale=True,
-              dynamic_ncols=True) as bar:
-        images = torch.cat([data.to_uint8(batch).cpu() for batch in sample(
-            checkpoint, y, seed=args.seed, bar=bar, **how)])
+    images = torch.cat([data.to_uint8(batch).cpu() for batch in sample(
+        checkpoint, y, seed=args.seed, progress=True, **how)])
     about = dict(step=checkpoint.step, weights=args.weights, sampler=how["sampler"], steps=steps,
                  eta=how["eta"] or 0.0, cfg_scale=how["cfg_scale"],
                  guidance_interval=args.guidance_interval, autoguidance=args.autoguidance)
