@@ -20,7 +20,9 @@ CELL, GAP = 84, 4   # of a sheet: the side of an image, and the gap between two,
 class Images(Tensor):
     """A tensor (N, C, H, W) of images in [-1, 1] that a notebook shows as a grid."""
 
-    def _repr_png_(self) -> bytes:
+    def _repr_png_(self) -> bytes | None:
+        if self.ndim != 4:                  # images.mean(), images[0]: as any tensor
+            return None
         out = io.BytesIO()
         images = self.detach().cpu().as_subclass(Tensor)
         grid(images, min(len(images), 10)).save(out, format="PNG")

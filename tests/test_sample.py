@@ -157,6 +157,7 @@ def test_a_notebook_shows_a_grid(lively):
     assert shown.format == "PNG"
     assert np.array_equal(shown, pictures.grid(to_uint8(torch.Tensor(images)), 10))
     assert (images + 1)._repr_png_() != images._repr_png_()     # still images after arithmetic
+    assert images.mean()._repr_png_() is None is images[0]._repr_png_()
 
 
 def test_batches_come_in_order_and_their_steps_can_be_watched(lively):
