@@ -9,11 +9,11 @@ data=$(realpath "${1:?usage: bash tools/gpu.sh DATA_DIR OUT_DIR}") || exit 1
 out=$(realpath -m "${2:?usage: bash tools/gpu.sh DATA_DIR OUT_DIR}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.." && mkdir -p "$out" || exit 1
 device=(--device "${DEVICE:-cuda}") run=output/gpu
-failed="" short="" quick="" lengths="2400 4000"
-against=(-m tools.benchmark "${device[@]}" --against --sample 20 --rounds 6)
+failed="" short="" quick="" sampled="--sample 20" lengths="2400 4000"
+against=(-m tools.benchmark "${device[@]}" --against --rounds 6)
 if [ -n "${STEPS:-}" ]; then
     short="--steps $STEPS --no-compile" lengths="$STEPS --seeds 1"
-    quick="--batch-size 2 --rounds 1 --steps-per-round 1 --sample 2"
+    quick="--batch-size 2 --rounds 1 --steps-per-round 1" sampled="--sample 2"
 else against+=(--compile); fi
 
 part() {    # part NAME SECONDS ARGUMENTS...: run Python with them under a time limit
@@ -25,7 +25,7 @@ part() {    # part NAME SECONDS ARGUMENTS...: run Python with them under a time 
     echo "== $name: $((SECONDS - since)) s"
 }
 
-# shellcheck disable=SC2086  # $short, $quick and $lengths are words
+# shellcheck disable=SC2086  # $short, $quick, $sampled and $lengths are words
 measure() {
     part tests 100 -m pytest -q -p no:xdist -o addopts= tests/test_gpu.py
     part training 240 train_mnist.py "${device[@]}" --data-dir "$data" --out "$run" $short
@@ -36,8 +36,8 @@ measure() {
             --cfg-scale $scale --images ${STEPS:-10000}
     done
     cp "$run/evaluations.jsonl" "$out"; gzip -c "$run/metrics.jsonl" > "$out/metrics.jsonl.gz"
-    part mini 100 "${against[@]}" --model DiT-Mini/2 --batch-size 256 $quick
-    part nano 60 "${against[@]}" --model DiT-Nano/7 --batch-size 128 $quick
+    part mini 100 "${against[@]}" --model DiT-Mini/2 --batch-size 256 $sampled $quick
+    part nano 60 "${against[@]}" --model DiT-Nano/7 --batch-size 128 $sampled $quick
     part latents 150 "${against[@]}" --model DiT-B/2 --image-size 32 --channels 4 \
         --batch-size 256 $quick
     part speed 150 -m tools.speed_run --steps $lengths --cfg-scale 1.6 "${device[@]}" -- \
