@@ -50,8 +50,8 @@ def settings(**changed) -> Namespace:
     images = dataclasses.replace(few_glyphs(100), name="noise")
     return Namespace(**{
         **train_mnist.RECIPE, **train_mnist.PRESETS["cpu"], "batch_size": 6, "device": CPU,
-        "compile": False, "sample": 3, "sizes": TINY_SIZE, "batches": Batches(images, 6, 0, CPU),
-        **changed})
+        "compile": False, "sample": 3, "scaling": (), "profile": 0, "sizes": TINY_SIZE,
+        "batches": Batches(images, 6, 0, CPU), **changed})
 
 
 # ---------------------------------------------------------------- timing
@@ -218,11 +218,26 @@ def test_against_the_published_loop(rows):
         assert found[name][3] == pytest.approx(theirs[0] / found[name][0], abs=0.02)
 
 
+def test_other_models_beside_it(rows):
+    found = rows("--scaling", "DiT-Test/4", "--batch-size", 512)
+    assert list(found) == [TINY, "DiT-Test/4"] and found[TINY][3] == 1
+    products = [benchmark.count(dit.DiT, **dit.MODELS[name])[1] for name in found]
+    assert [row[4] for row in found.values()] == [round(6 * 512 * n / 1e9, 2) for n in products]
+    assert found["DiT-Test/4"][4] > 2 * found[TINY][4] > 0
+
+
+def test_a_profile_lists_the_operations_of_a_round(capsys, monkeypatch):
+    benchmark.main([str(f) for f in (*ONCE, "--steps-per-round", 3, "--profile", 4)])
+    table = capsys.readouterr().out.partition("Self CPU")[2]
+    times = [float(ms) for ms in re.findall(r"^ *aten::\S+ +(\S+)%", table, re.MULTILINE)]
+    assert 1 < len(times) <= 4 and times == sorted(times, reverse=True)
+
+
 def test_busy_and_the_shape_of_latents(rows):
     flags = ("--busy", 1, "--model", "DiT-Test/4", "--image-size", 32, "--channels", 4)
     found = rows(*flags)
     assert list(found) == ["as trained", "as trained, 1 busy"]
-    assert all(len(row) == 5 and row[4] > 0 for row in found.values())          # with MFU
+    assert all(len(row) == 6 and row[5] > 0 for row in found.values())          # with MFU
 
 
 def test_a_patch_that_does_not_fit():

@@ -4,6 +4,8 @@
     python -m tools.benchmark --against --sample 20     the published loop and sampler, and ours
     python -m tools.benchmark --model DiT-B/2 --image-size 32 --channels 4      latents of 256x256
     python -m tools.benchmark --busy 1 2                alone, and beside busy processes
+    python -m tools.benchmark --scaling DiT-Nano/4 DiT-Micro/7      beside other sizes
+    python -m tools.benchmark --profile                 where the time of a step goes
 
 Every round times each row in turn, so that a machine that slows down, or is shared, slows them all;
 the speed-up is the median over the rounds of the ratio to the first row. So all rows are in memory
@@ -182,7 +184,10 @@ def comparisons(args: Namespace) -> dict[str, Ours | Published]:
     if args.against:
         return {"published": Published(args)} | {f"ours, {name}": Ours(Namespace(
             **vars(args) | dict(optimizer=name)), args.best) for name in ("adamw", "muon")}
-    if args.busy:
+    if args.scaling:
+        return {name: Ours(Namespace(**vars(args) | dict(sizes=args.sizes | MODELS[name])),
+                           args.best) for name in (args.model, *args.scaling)}
+    if args.busy or args.profile:
         return {"as trained": Ours(args, args.best)}
     return {precision: Ours(args, precision) for precision in dict.fromkeys(("fp32", args.best))}
 
@@ -192,18 +197,30 @@ def training(works: dict, args: Namespace) -> None:
     rows = time_rounds({name: lambda work=work: [work() for _ in range(n)]
                         for name, work in works.items()}, args.rounds, n, args.device, args.busy,
                        warm_up=1 + replay.WARM_UP // n)
-    flops = 3 * 2 * args.batch_size * count(DiT, **args.sizes)[1]       # backward: twice forward's
     for precision in {work.precision for work in works.values()}:
         side = 8192 if args.device.type == "cuda" else 2048
         matrix = torch.randn(side, side, device=args.device, dtype=compute.DTYPES[precision])
         row = time_rounds({"": lambda x=matrix: x @ x}, args.rounds, 1, args.device)[""]
         rates[precision] = 2 * side**3 / row["fastest"]
     for name, row in rows.items():
-        precision = works[name].precision if name in works else args.best       # beside busy ones
-        row["MFU %"] = 100 * flops / row["ms"] / rates[precision]
+        work = works.get(name, next(iter(works.values())))      # beside busy ones: the only work
+        # of a multiply-add, forward and backward: two operations, three times
+        flops = 3 * 2 * args.batch_size * count(DiT, **work.args.sizes)[1]
+        row |= {"GFLOP": flops / 1e9, "MFU %": 100 * flops / row["ms"] / rates[work.precision]}
     show(f"ms of a training step, {args.rounds} rounds of {n} steps", rows)
-    say(f"a step: {flops / 1e9:,.1f} GFLOP; a large matrix product, in GFLOP/s: "
+    say("a large matrix product, in GFLOP/s: "
         + ", ".join(f"{name} {rate / 1e6:,.0f}" for name, rate in rates.items()))
+
+
+def profile(work: Ours, args: Namespace) -> None:
+    """torch.profiler's table of a round of steps, by the time of each operation itself."""
+    with torch.profiler.profile() as profiler:
+        for _ in range(args.steps_per_round):
+            work()
+    kind = "cpu" if args.device.type == "cpu" else "device"
+    table = profiler.key_averages().table(
+        sort_by=f"self_{kind}_time_total", row_limit=args.profile, max_name_column_width=50)
+    say("", *table.splitlines())
 
 
 def sampling(works: dict, args: Namespace) -> None:
@@ -237,6 +254,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         works = comparisons(args)
         training(works, args)
+        if flags.profile:
+            profile(works["as trained"], args)
         if flags.sample:
             sampling(works, args)
     except ValueError as error:                 # the patch does not fit, say
@@ -256,7 +275,13 @@ def parser() -> Parser:
     add("--compile", action="store_true", help="compile our rows with torch.compile")
     add("--busy", type=number(int, 1, 256), nargs="+", default=(), metavar="N",
         help="time training alone, and beside N processes that compute without a pause")
-    add("--against", action="store_true", help="also the published loop and sampler")
+    rows = p.add_mutually_exclusive_group()
+    rows.add_argument("--against", action="store_true", help="the published loop and sampler, too")
+    rows.add_argument("--scaling", nargs="+", choices=MODELS, default=(), metavar="NAME",
+                      help="time training of these models, too")
+    rows.add_argument("--profile", type=COUNT, nargs="?", default=0, const=15, metavar="N",
+                      help="list the N operations of a step that take most of the time (15 if no "
+                      "number is given)")
     add("--sample", type=number(int, 1, 1000), nargs="?", const=50, metavar="STEPS",
         help="also time guided sampling, in STEPS steps (50 if no number is given)")
     add("--device", help="cuda, mps or cpu (default: the fastest available)")
