@@ -219,9 +219,9 @@ def test_against_the_published_loop(rows):
 
 
 def test_other_models_beside_it(rows):
-    found = rows("--scaling", "DiT-Test/4", "--batch-size", 512)
-    assert list(found) == [TINY, "DiT-Test/4"] and found[TINY][3] == 1
-    products = [benchmark.count(dit.DiT, **dit.MODELS[name])[1] for name in found]
+    found = rows("--scaling", "DiT-Test/4", "--batch-size", 512, "--busy", 1)
+    assert list(found) == [TINY, "DiT-Test/4", f"{TINY}, 1 busy", "DiT-Test/4, 1 busy"]
+    products = [benchmark.count(dit.DiT, **dit.MODELS[name])[1] for name in [*found][:2] * 2]
     assert [row[4] for row in found.values()] == [round(6 * 512 * n / 1e9, 2) for n in products]
     assert found["DiT-Test/4"][4] > 2 * found[TINY][4] > 0
 

@@ -203,7 +203,7 @@ def training(works: dict, args: Namespace) -> None:
         row = time_rounds({"": lambda x=matrix: x @ x}, args.rounds, 1, args.device)[""]
         rates[precision] = 2 * side**3 / row["fastest"]
     for name, row in rows.items():
-        work = works.get(name, next(iter(works.values())))      # beside busy ones: the only work
+        work = next(works[n] for n in works if name.startswith(n))      # "..., 1 busy"
         # of a multiply-add, forward and backward: two operations, three times
         flops = 3 * 2 * args.batch_size * count(DiT, **work.args.sizes)[1]
         row |= {"GFLOP": flops / 1e9, "MFU %": 100 * flops / row["ms"] / rates[work.precision]}
